@@ -1,0 +1,6 @@
+"""Spectral fine-tuning of pretrained models: exact, fast, drop-in."""
+
+from spectral_adapters import functional
+from spectral_adapters.modules import SODAConv2d, SODALinear
+
+__all__ = ["SODAConv2d", "SODALinear", "functional"]

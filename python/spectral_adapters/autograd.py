@@ -1,0 +1,222 @@
+"""Autograd Functions over the raw ops: thin, once differentiable, no shapes checked here.
+
+Gradients are those of DESIGN section 3: no dense rotation, no ``dR`` of the whole Kronecker product and
+no solve is ever built.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from spectral_kernels.ops.kron import accumulation_dtype, gram_axis, rotate_axis
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_ops = torch.ops.spectral
+
+
+class CayleyFunction(torch.autograd.Function):
+    """Packed skew parameters of a whole model to rotations, as one node of the graph.
+
+    Inputs: ``sizes`` (tuple of ints) and per batch ``packed`` [B_i, n_i(n_i-1)/2]; outputs
+    [B_i, n_i, n_i]. Saves the rotations only.
+    """
+
+    @staticmethod
+    def forward(sizes: tuple[int, ...], *packed: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_ops.cayley_fwd(list(packed), list(sizes)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        results: list[Tensor | None] = [None] * len(grads)
+        rotations = ctx.saved_tensors
+        packed_grads = _ops.cayley_bwd(
+            [grads[i].contiguous() for i in wanted], [rotations[i] for i in wanted]
+        )
+        for i, grad in zip(wanted, packed_grads, strict=True):
+            results[i] = grad
+        return None, *results
+
+
+class KronRotateFunction(torch.autograd.Function):
+    """``x`` [M, k] times ``R1 (x) ... (x) Rf`` (or its transpose).
+
+    With ``orthogonal`` the caller vouches for orthogonal factors and the backward is one rotation and
+    one Gram pass: ``R_i dR_i^T = gram_i(dx, x)`` (or its mirror image for the transpose). Without it the
+    gradient is exact for any square factors, one axis at a time.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, transpose: bool, orthogonal: bool, *factors: Tensor) -> Tensor:
+        return _ops.kron_rotate(x, list(factors), transpose, None, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.transpose, ctx.orthogonal, *factors = inputs
+        ctx.save_for_backward(x, *factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        factor_grads: list[Tensor | None] = [None] * len(factors)
+        if not any(ctx.needs_input_grad[3:]):
+            grad_x = _ops.kron_rotate(grad, factors, not ctx.transpose, None, None)
+        elif ctx.orthogonal:
+            grad_x = _ops.kron_rotate(grad, factors, not ctx.transpose, None, None)
+            dims = [factor.shape[0] for factor in factors]
+            grams = _ops.kron_gram(x, grad_x, dims, None)
+            for i, factor in enumerate(factors):
+                gram = grams[i].to(factor.dtype)
+                factor_grads[i] = factor @ gram.mT if ctx.transpose else gram @ factor
+        else:
+            grad_x, factor_grads = _kron_rotate_backward(x, grad, factors, ctx.transpose)
+        return (
+            grad_x if ctx.needs_input_grad[0] else None,
+            None,
+            None,
+            *(
+                g if needed else None
+                for g, needed in zip(factor_grads, ctx.needs_input_grad[3:], strict=True)
+            ),
+        )
+
+
+def _kron_rotate_backward(
+    x: Tensor, grad: Tensor, factors: list[Tensor], transpose: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients for arbitrary square factors: undo the axes of ``grad`` while redoing those of ``x``."""
+    dtype = accumulation_dtype(x.dtype)
+    dims = [factor.shape[0] for factor in factors]
+    matrices = [(f.mT if transpose else f).to(dtype) for f in factors]
+    inputs = [x.to(dtype)]
+    for axis, matrix in enumerate(matrices[:-1]):
+        inputs.append(rotate_axis(inputs[-1], matrix, axis, dims))
+    flow = grad.to(dtype)
+    grads: list[Tensor | None] = [None] * len(factors)
+    for axis in reversed(range(len(factors))):
+        gram = gram_axis(inputs[axis], flow, axis, dims)
+        grads[axis] = (gram.mT if transpose else gram).to(factors[axis].dtype)
+        flow = rotate_axis(flow, matrices[axis].mT, axis, dims)
+    return flow.to(x.dtype), grads
+
+
+class KronGramFunction(torch.autograd.Function):
+    """The f Grams of ``a``, ``b`` [M, k] and the column sums of ``a * b``; bilinear in a and b."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return tuple(_ops.kron_gram(a, b, list(dims), None))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        a, b, ctx.dims = inputs
+        ctx.save_for_backward(a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        *gram_grads, column_grad = grads
+        dtype = accumulation_dtype(a.dtype)
+
+        def contract(other: Tensor, transposed: bool) -> Tensor:
+            wide = other.to(dtype)
+            total = wide * column_grad
+            for axis, gram_grad in enumerate(gram_grads):
+                matrix = gram_grad if transposed else gram_grad.mT
+                total = total + rotate_axis(wide, matrix, axis, list(ctx.dims))
+            return total.to(other.dtype)
+
+        return (
+            contract(b, transposed=False) if ctx.needs_input_grad[0] else None,
+            contract(a, transposed=True) if ctx.needs_input_grad[1] else None,
+            None,
+        )
+
+
+class RotatedLinearFunction(torch.autograd.Function):
+    """``y = (x * s) (M Q)^T - x N^T + b`` with a frozen ``M`` and ``Q = R`` or ``R^T`` orthogonal.
+
+    The primitive under every SODA layer: ``x`` [..., k], ``scale`` s [k] or None, ``matrix`` M [rows, k],
+    ``subtract`` N [rows, k] or None (frozen), ``bias`` [rows] or None. ``on_tokens`` rotates ``x`` instead of
+    M, which is the same product. With ``h = dy (M Q)``: ``dx = h * s``, ``ds = sum h * x`` and
+    ``Q_i^T dQ_i = gram_i(h, x * s)``. Saves x, not ``x * s`` and not the rotated x.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        scale: Tensor | None,
+        matrix: Tensor,
+        subtract: Tensor | None,
+        bias: Tensor | None,
+        transpose: bool,
+        on_tokens: bool,
+        *factors: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        rotations = list(factors)
+        if on_tokens:
+            flat = x.reshape(-1, x.shape[-1])
+            t = _ops.kron_rotate(flat, rotations, not transpose, scale, None)
+            y = torch.nn.functional.linear(t.view(x.shape), matrix.to(x.dtype), bias)
+            rotated = None
+        else:
+            rotated = _ops.kron_rotate(matrix, rotations, transpose, None, None).to(x.dtype)
+            if subtract is not None:
+                # Folding s and N into the basis keeps the difference exact: zero is zero.
+                folded = rotated if scale is None else rotated * scale.to(x.dtype)
+                y = torch.nn.functional.linear(x, folded - subtract.to(x.dtype), bias)
+            else:
+                t = x if scale is None else x * scale.to(x.dtype)
+                y = torch.nn.functional.linear(t, rotated, bias)
+        return y, rotated
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, scale, matrix, subtract, bias, ctx.transpose, ctx.on_tokens, *factors = inputs
+        rotated = output[1]
+        if rotated is not None:
+            ctx.mark_non_differentiable(rotated)
+        ctx.save_for_backward(x, scale, matrix, subtract, bias, rotated, *factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, scale, matrix, subtract, bias, rotated, *factors = ctx.saved_tensors
+        needs_x, needs_scale, _, _, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
+        grad_x = grad_scale = grad_bias = None
+        factor_grads: list[Tensor | None] = [None] * len(factors)
+
+        flat_grad = grad.reshape(-1, grad.shape[-1])
+        flat_x = x.reshape(-1, x.shape[-1])
+        if needs_bias:
+            grad_bias = flat_grad.sum(0).to(bias.dtype)
+        if needs_x or needs_scale or any(needs_factors):
+            if rotated is None:
+                h = flat_grad @ matrix.to(grad.dtype)
+                h = _ops.kron_rotate(h, factors, ctx.transpose, None, None)
+            else:
+                h = flat_grad @ rotated
+            if needs_scale or any(needs_factors):
+                dims = [factor.shape[0] for factor in factors]
+                *grams, column_sums = _ops.kron_gram(h, flat_x, dims, scale)
+                if needs_scale:
+                    grad_scale = column_sums.to(scale.dtype)
+                for i, factor in enumerate(factors):
+                    if needs_factors[i]:
+                        gram = grams[i].to(factor.dtype)
+                        factor_grads[i] = gram.mT @ factor if ctx.transpose else factor @ gram
+            if needs_x:
+                grad_x = h if scale is None else h * scale.to(h.dtype)
+                if subtract is not None:
+                    grad_x = grad_x - flat_grad @ subtract.to(grad.dtype)
+                grad_x = grad_x.view(x.shape)
+        return grad_x, grad_scale, None, None, grad_bias, None, None, *factor_grads

@@ -1,0 +1,462 @@
+"""Differentiable functions of spectral fine-tuning on the raw ops of ``spectral_kernels``.
+
+Row-vector convention and torch layout throughout: a weight is ``[out, in]``, activations are
+``[..., in]``. Section numbers refer to the design summary in ``docs/conventions.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple, overload
+
+import spectral_kernels  # noqa: F401  (declares torch.ops.spectral)
+import torch
+from spectral_kernels.ops.cayley import packed_length
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from spectral_adapters._validation import (
+    check_choice,
+    check_last_dimension,
+    check_square_factors,
+    check_tensor,
+)
+from spectral_adapters.autograd import (
+    CayleyFunction,
+    KronGramFunction,
+    KronRotateFunction,
+    RotatedLinearFunction,
+)
+from spectral_adapters.planner import PLANS, choose_plan
+
+__all__ = [
+    "SpectralBasis",
+    "cayley",
+    "kron_gram",
+    "kron_rotate",
+    "rotated_linear",
+    "soda_delta_weight",
+    "soda_linear",
+    "soda_weight",
+]
+
+DECOMPOSITIONS = ("svd", "qr")
+ROTATIONS = ("left", "right", None)
+
+
+class SpectralBasis(NamedTuple):
+    """A frozen factorisation of a weight ``W0`` [out, in], with ``k = min(out, in)``.
+
+    * SVD: ``left`` U [out, k], ``singular_values`` S [k], ``right`` V^T [k, in]; ``W0 = U diag(S) V^T``.
+    * QR (left rotation): ``left`` Q [out, k], ``right`` T [k, in] upper triangular; ``W0 = Q T``.
+    * LQ ("qr" with right rotation): ``left`` L [out, k] lower triangular, ``right`` Q [k, in].
+    """
+
+    left: Tensor
+    singular_values: Tensor | None
+    right: Tensor
+
+
+@overload
+def cayley(packed: Tensor, n: int) -> Tensor: ...
+@overload
+def cayley(packed: Sequence[Tensor], n: Sequence[int]) -> tuple[Tensor, ...]: ...
+def cayley(
+    packed: Tensor | Sequence[Tensor], n: int | Sequence[int]
+) -> Tensor | tuple[Tensor, ...]:
+    """Exact Cayley transform, batched: ``R = (I + Q)(I - Q)^-1`` with ``Q = (P - P^T) / 2``.
+
+    ``P`` is strictly upper triangular and given packed, row by row (the order of
+    ``torch.triu_indices(n, n, 1)``). A list of batches of different sizes, a whole model for instance, is
+    one call and one node of the autograd graph. The backward needs no solve:
+    ``dQ = 1/2 (I + R) R^T dR (I + R)^T``.
+
+    Args:
+        packed: [B, n(n-1)/2], or a sequence of such; fp16 and bf16 are computed and returned in fp32.
+        n: size of the rotations, or one size per batch.
+
+    Returns:
+        [B, n, n] rotations (``R^T R = I``, ``det R = 1``, ``R = I`` at zero), or a tuple of such.
+
+    Raises:
+        TypeError, ValueError: a shape or dtype does not fit, naming the argument.
+    """
+    if isinstance(packed, Tensor):
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"n must be an int when packed is one tensor; got {n!r}")
+        return _cayley_list([packed], [n])[0]
+    if isinstance(n, int) or len(packed) != len(n):
+        raise ValueError(
+            f"n must hold one size for each of the {len(packed)} batches in packed; got {n!r}"
+        )
+    return _cayley_list(list(packed), list(n))
+
+
+def _cayley_list(packed: list[Tensor], sizes: list[int]) -> tuple[Tensor, ...]:
+    if not packed:
+        return ()
+    batches = []
+    for i, (batch, n) in enumerate(zip(packed, sizes, strict=True)):
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be at least 1; got {n!r}")
+        check_tensor(f"packed[{i}]", batch, ndim=2)
+        check_last_dimension(f"packed[{i}]", batch, packed_length(n), f"n(n-1)/2 for n = {n}")
+        batches.append(_at_least_fp32(batch).contiguous())
+    return CayleyFunction.apply(tuple(sizes), *batches)
+
+
+def kron_rotate(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    *,
+    transpose: bool = False,
+    orthogonal: bool = False,
+) -> Tensor:
+    """Rows of ``x`` times a Kronecker product: ``x @ (R1 (x) ... (x) Rf)``, never built.
+
+    Args:
+        x: [..., k] with k the product of the factors' sizes; fp16, bf16, fp32 or fp64.
+        factors: square matrices [n_i, n_i], the first outermost: ``i = (i1 * n2 + i2) * n3 + i3``.
+        transpose: use the transpose of every factor.
+        orthogonal: promise that the factors are orthogonal; the backward then takes one pass. Without
+            it the gradient is right for any square factors.
+
+    Returns:
+        [..., k] in the dtype of ``x``; accumulated in fp32 (fp64 for fp64).
+    """
+    matrices = check_square_factors("factors", factors)
+    check_tensor("x", x)
+    width = prod(matrix.shape[0] for matrix in matrices)
+    check_last_dimension("x", x, width, "the product of the factors' sizes")
+    matrices = [_match_accumulation(matrix, x) for matrix in matrices]
+    flat = x.reshape(-1, width)
+    return KronRotateFunction.apply(flat, transpose, orthogonal, *matrices).view(x.shape)
+
+
+def kron_gram(
+    a: Tensor, b: Tensor, dims: Sequence[int]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """All partial-trace Grams of two row batches, and the column sums of their product.
+
+    ``gram_i = sum over tokens of (mode-i unfolding of a)(mode-i unfolding of b)^T``, the partial trace of
+    ``sum_t a_t b_t^T`` over every axis but i.
+
+    Args:
+        a, b: [M, k], the same dtype.
+        dims: sizes of the axes, with product k.
+
+    Returns:
+        (tuple of [n_i, n_i], column sums of ``a * b`` [k]), in fp32 (fp64 for fp64).
+    """
+    check_tensor("a", a, ndim=2)
+    check_tensor("b", b, ndim=2)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(
+            "b must have the shape and dtype of a; got "
+            f"{tuple(b.shape)} {b.dtype} for {tuple(a.shape)} {a.dtype}"
+        )
+    sizes = tuple(dims)
+    if not sizes or any(size < 1 for size in sizes) or prod(sizes) != a.shape[1]:
+        raise ValueError(f"dims must be positive with product {a.shape[1]}; got {sizes!r}")
+    *grams, column_sums = KronGramFunction.apply(a, b, sizes)
+    return tuple(grams), column_sums
+
+
+def rotated_linear(
+    x: Tensor,
+    matrix: Tensor,
+    factors: Sequence[Tensor],
+    *,
+    scale: Tensor | None = None,
+    subtract: Tensor | None = None,
+    bias: Tensor | None = None,
+    transpose: bool = False,
+    on_tokens: bool = False,
+) -> Tensor:
+    """``(x * scale) (M R)^T - x N^T + bias`` for a frozen M and orthogonal factors R.
+
+    Args:
+        x: [..., k].
+        matrix: frozen M [rows, k].
+        factors: orthogonal [n_i, n_i] with product of sizes k (their gradient assumes it).
+        scale: [k], trained, or None.
+        subtract: frozen N [rows, k], or None; not with ``on_tokens``.
+        bias: [rows] or None.
+        transpose: use ``R^T``.
+        on_tokens: rotate the rows of x instead of those of M; the same product.
+
+    Returns:
+        [..., rows] in the dtype of x.
+    """
+    if on_tokens and subtract is not None:
+        raise ValueError("subtract must be None when on_tokens is True; got a tensor")
+    y, _ = RotatedLinearFunction.apply(
+        x, scale, matrix, subtract, bias, transpose, on_tokens, *factors
+    )
+    return y
+
+
+def soda_linear(
+    x: Tensor,
+    basis: SpectralBasis,
+    spectrum: Tensor,
+    factors: Sequence[Tensor] | None = None,
+    bias: Tensor | None = None,
+    *,
+    decomposition: str = "svd",
+    rotation: str | None = "left",
+    plan: str = "auto",
+    base_weight: Tensor | None = None,
+) -> Tensor:
+    """``x W'^T + bias`` for a SODA-adapted weight, by the cheapest of three equal-valued plans.
+
+    ======= ======== ==========================================
+    decomp. rotation adapted weight (DESIGN section 2)
+    ======= ======== ==========================================
+    svd     left     ``(U R) diag(s) V^T``
+    svd     right    ``U diag(s) V^T R^T``
+    qr      left     ``(Q R)(T + diag d)``
+    qr      right    ``(L + diag d) Q R^T``
+    either  None     the same without R
+    ======= ======== ==========================================
+
+    Args:
+        x: [..., in].
+        basis: frozen factorisation of the base weight.
+        spectrum: [k]; the adapted singular values s for "svd", the offset d of the diagonal for "qr".
+        factors: orthogonal [n_i, n_i]; product of sizes k (left) or in (right); None without rotation.
+        bias: [out] or None.
+        plan: "auto", "factored", "merged" or "tokens" (see ``spectral_adapters.planner``).
+        base_weight: the frozen ``W0`` [out, in] itself, where the caller has it: the merged plan then adds
+            an exact difference to it, so that an untrained adapter returns ``W0`` to the last bit.
+
+    Returns:
+        [..., out] in the dtype of x (the autocast dtype under autocast). GEMMs run in that dtype on
+        accelerators and in at least fp32 on the CPU; small sums always accumulate in fp32.
+    """
+    _check_soda(basis, spectrum, factors, decomposition, rotation)
+    check_choice("plan", plan, ("auto", *PLANS))
+    check_tensor("x", x)
+    check_last_dimension("x", x, basis.right.shape[1], "the layer's in_features")
+
+    out_dtype, work_dtype = product_dtypes(x, basis)
+    out_features, in_features = basis.left.shape[0], basis.right.shape[1]
+    sizes = None if factors is None else tuple(factor.shape[0] for factor in factors)
+    tokens = x.numel() // in_features
+    name = choose_plan(
+        tokens,
+        out_features,
+        in_features,
+        sizes,
+        decomposition=decomposition,
+        rotation=rotation,
+        plan=plan,
+        backward=torch.is_grad_enabled(),
+    ).name
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(work_dtype)
+        if bias is not None:
+            bias = bias.to(work_dtype)
+        if name == "merged":
+            weight = soda_weight(
+                basis,
+                spectrum,
+                factors,
+                decomposition=decomposition,
+                rotation=rotation,
+                base_weight=base_weight,
+            )
+            y = linear(x, weight.to(work_dtype), bias)
+        else:
+            y = _soda_product(
+                x, basis, spectrum, factors, bias, decomposition, rotation, name == "tokens"
+            )
+    return y.to(out_dtype)
+
+
+def _soda_product(
+    x: Tensor,
+    basis: SpectralBasis,
+    spectrum: Tensor,
+    factors: Sequence[Tensor] | None,
+    bias: Tensor | None,
+    decomposition: str,
+    rotation: str | None,
+    on_tokens: bool,
+) -> Tensor:
+    """The factored and tokens plans; x and bias already in the working dtype."""
+    left, right = basis.left, basis.right.to(x.dtype)
+    if rotation == "right":
+        assert factors is not None
+        z = rotated_linear(x, basis.right, factors, transpose=True, on_tokens=on_tokens)
+    else:
+        z = linear(x, right)
+    if decomposition == "svd":
+        turned = factors if rotation == "left" else None
+        return spectral_output(z, basis, spectrum, turned, bias, on_tokens=on_tokens)
+    if rotation == "left":
+        assert factors is not None
+        t = z + x[..., : z.shape[-1]] * spectrum.to(x.dtype)
+        return rotated_linear(t, left, factors, bias=bias, on_tokens=on_tokens)
+    y = linear(z, left.to(x.dtype), bias)
+    return y + pad(z * spectrum.to(z.dtype), (0, y.shape[-1] - z.shape[-1]))
+
+
+def spectral_output(
+    z: Tensor,
+    basis: SpectralBasis,
+    spectrum: Tensor,
+    factors: Sequence[Tensor] | None,
+    bias: Tensor | None,
+    *,
+    on_tokens: bool,
+) -> Tensor:
+    """Second half of an SVD product: ``z = x V`` [..., k] to ``(z * s)(U R)^T + bias`` [..., out]."""
+    if factors is None:
+        return linear(z * spectrum.to(z.dtype), basis.left.to(z.dtype), bias)
+    return rotated_linear(z, basis.left, factors, scale=spectrum, bias=bias, on_tokens=on_tokens)
+
+
+def soda_weight(
+    basis: SpectralBasis,
+    spectrum: Tensor,
+    factors: Sequence[Tensor] | None = None,
+    *,
+    decomposition: str = "svd",
+    rotation: str | None = "left",
+    base_weight: Tensor | None = None,
+) -> Tensor:
+    """The dense adapted weight ``W'`` [out, in], differentiable in ``spectrum`` and ``factors``.
+
+    Arguments as in :func:`soda_linear`. With ``base_weight`` the result is ``W0 + dW`` with an exact ``dW``
+    (zero to the last bit for an untrained adapter); without it, the product of the factors. In the wider of
+    the dtypes of basis and ``base_weight``.
+    """
+    _check_soda(basis, spectrum, factors, decomposition, rotation)
+    if base_weight is not None:
+        delta = soda_delta_weight(
+            basis, spectrum, factors, decomposition=decomposition, rotation=rotation
+        )
+        return base_weight + delta
+    left, right = basis.left, basis.right
+    if rotation == "left":
+        assert factors is not None
+        if decomposition == "svd":
+            return rotated_linear(right.mT, left, factors, scale=spectrum).mT
+        return rotated_linear((right + _diagonal(spectrum, right)).mT, left, factors).mT
+    if decomposition == "svd":
+        weight = (left * spectrum) @ right
+    else:
+        weight = left @ right + _top_rows(spectrum[:, None] * right, left.shape[0])
+    if rotation == "right":
+        assert factors is not None
+        weight = kron_rotate(weight, factors, transpose=True, orthogonal=True)
+    return weight
+
+
+def soda_delta_weight(
+    basis: SpectralBasis,
+    spectrum: Tensor,
+    factors: Sequence[Tensor] | None = None,
+    *,
+    decomposition: str = "svd",
+    rotation: str | None = "left",
+) -> Tensor:
+    """``W' - W0`` [out, in] without cancellation: exactly zero for an untrained adapter.
+
+    Left: ``(U R diag(s) - U diag(S)) V^T``. Right: ``C R^T - W0`` with ``C = W0 + U diag(s - S) V^T``.
+    Arguments as in :func:`soda_linear`.
+    """
+    _check_soda(basis, spectrum, factors, decomposition, rotation)
+    left, singular_values, right = basis
+    if rotation == "left":
+        assert factors is not None
+        if decomposition == "svd":
+            assert singular_values is not None
+            return rotated_linear(
+                right.mT, left, factors, scale=spectrum, subtract=left * singular_values
+            ).mT
+        turned = rotated_linear(
+            (right + _diagonal(spectrum, right)).mT, left, factors, subtract=left
+        ).mT
+        return turned + pad(
+            left * spectrum, (0, right.shape[1] - right.shape[0])
+        )
+    if decomposition == "svd":
+        assert singular_values is not None
+        change = (left * (spectrum - singular_values)) @ right
+        start = left * singular_values
+    else:
+        change = _top_rows(spectrum[:, None] * right, left.shape[0])
+        start = left
+    if rotation is None:
+        return change
+    assert factors is not None
+    base = start @ right
+    return kron_rotate(base + change, factors, transpose=True, orthogonal=True) - base
+
+
+def _diagonal(values: Tensor, like: Tensor) -> Tensor:
+    """[k, in] with ``values`` [k] on the main diagonal."""
+    return pad(torch.diag(values), (0, like.shape[1] - like.shape[0]))
+
+
+def _top_rows(rows: Tensor, count: int) -> Tensor:
+    """``rows`` [k, in] followed by zero rows: [count, in]."""
+    return pad(rows, (0, 0, 0, count - rows.shape[0]))
+
+
+def _check_soda(
+    basis: SpectralBasis,
+    spectrum: Tensor,
+    factors: Sequence[Tensor] | None,
+    decomposition: str,
+    rotation: str | None,
+) -> None:
+    check_choice("decomposition", decomposition, DECOMPOSITIONS)
+    check_choice("rotation", rotation, ROTATIONS)
+    rank = basis.right.shape[0]
+    if spectrum.shape != (rank,):
+        raise ValueError(f"spectrum must have shape ({rank},); got {tuple(spectrum.shape)}")
+    if (basis.singular_values is None) != (decomposition == "qr"):
+        expected = "None" if decomposition == "qr" else "a tensor [k]"
+        raise ValueError(
+            f"basis.singular_values must be {expected} for decomposition={decomposition!r}; "
+            f"got {type(basis.singular_values).__name__}"
+        )
+    if rotation is None:
+        if factors:
+            raise ValueError(f"factors must be None without a rotation; got {len(factors)} matrices")
+        return
+    matrices = check_square_factors("factors", factors)
+    width = rank if rotation == "left" else basis.right.shape[1]
+    product = prod(matrix.shape[0] for matrix in matrices)
+    if product != width:
+        sizes = tuple(matrix.shape[0] for matrix in matrices)
+        raise ValueError(
+            f"factors must have product {width} for rotation={rotation!r}; got sizes {sizes!r}"
+        )
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _match_accumulation(matrix: Tensor, x: Tensor) -> Tensor:
+    return matrix.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def product_dtypes(x: Tensor, basis: SpectralBasis) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the result, dtype of the GEMMs) for activations x and a frozen basis.
+
+    The result has the dtype that a linear layer would return here: the autocast dtype under autocast,
+    else that of x. On accelerators the GEMMs run in it; on the CPU, where low precision is only a storage
+    format, they run in the wider of it and the basis's.
+    """
+    result = x.dtype
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        result = torch.get_autocast_dtype(x.device.type)
+    if x.device.type == "cpu":
+        return result, torch.promote_types(result, basis.left.dtype)
+    return result, result

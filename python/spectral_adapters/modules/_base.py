@@ -1,0 +1,104 @@
+"""What every stand-alone spectral module shares: dtype keeping, and a state dict that cannot lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_adapters.decomposition import Fingerprint
+from spectral_adapters.functional import SpectralBasis
+
+
+class SpectralModule(nn.Module):
+    """A module whose frozen basis and trained numbers stay in fp32 or better.
+
+    The frozen basis is held in parameters without gradient: they follow the device, are copied and
+    pickled, are sharded by FSDP, and are not broadcast by DDP at every step as buffers would be.
+
+    Attributes:
+        left, singular_values, right: the frozen :class:`SpectralBasis`.
+        fingerprint: uint8 [161], of the base weight and the basis (buffer).
+        save_factors: whether ``state_dict`` holds the frozen basis. With it a state dict is
+            self-contained; without it, it holds only what was trained and the fingerprint, and loads only
+            onto a layer made from the same base weight.
+    """
+
+    left: Tensor
+    singular_values: Tensor | None
+    right: Tensor
+    fingerprint: Tensor
+
+    _FROZEN = ("left", "singular_values", "right")
+
+    def __init__(self, *, save_factors: bool) -> None:
+        super().__init__()
+        self.save_factors = save_factors
+
+    def _set_basis(self, weight: Tensor, basis: SpectralBasis) -> None:
+        for name, value in zip(self._FROZEN, basis, strict=True):
+            frozen = None if value is None else nn.Parameter(value, requires_grad=False)
+            self.register_parameter(name, frozen)
+        fingerprint = Fingerprint.of(weight, basis).to_tensor().to(weight.device)
+        self.register_buffer("fingerprint", fingerprint)
+
+    @property
+    def basis(self) -> SpectralBasis:
+        """The frozen factorisation of the base weight."""
+        return SpectralBasis(self.left, self.singular_values, self.right)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow the device, never lose precision: casts below the present dtype are not carried out."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if not tensor.is_floating_point() or moved.dtype == tensor.dtype:
+                return moved
+            if torch.promote_types(moved.dtype, tensor.dtype) == moved.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.save_factors:
+            for name in self._FROZEN:
+                destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Accept a state dict without factors only on the base weight that it was trained on."""
+        packed = state_dict.get(prefix + "fingerprint")
+        if packed is not None and not any(prefix + name in state_dict for name in self._FROZEN):
+            here = Fingerprint.from_tensor(self.fingerprint)
+            reason = Fingerprint.from_tensor(packed).mismatch(here)
+            if reason is not None:
+                layer = prefix.rstrip(".") or type(self).__name__
+                error_msgs.append(f"{layer}: this adapter is refused, {reason}")
+                return
+            for name in self._FROZEN:
+                own = getattr(self, name)
+                if own is not None:
+                    state_dict[prefix + name] = own.detach()
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )

@@ -1,0 +1,61 @@
+"""Loading what overrides the references: the compiled extension and the Triton kernels.
+
+Each loader records in one sentence what it found, so that ``backend_report`` can tell; nothing is
+retried and nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spectral_kernels.ops import LIBRARY
+
+
+@dataclass(frozen=True)
+class Override:
+    """One optional part: whether it is in use, why, and what it says of its build."""
+
+    loaded: bool
+    reason: str
+    build: dict[str, Any]
+
+
+STATUS: dict[str, Override] = {}
+
+
+def load_overrides() -> None:
+    """Load the extension and register Triton once; later calls do nothing."""
+    if not STATUS:
+        STATUS["extension"] = _load_extension()
+        STATUS["triton"] = _register_triton()
+
+
+def _load_extension() -> Override:
+    if importlib.util.find_spec("spectral_kernels._C") is None:
+        return Override(
+            False,
+            "the extension spectral_kernels._C was not built (SPECTRAL_BUILD_EXT, or no compiler)",
+            {},
+        )
+    try:
+        from spectral_kernels import _C
+    except ImportError as error:
+        return Override(False, f"spectral_kernels._C was built but does not load: {error}", {})
+    return Override(True, "spectral_kernels._C is loaded", dict(_C.build_info()))
+
+
+def _register_triton() -> Override:
+    if torch.version.cuda is None:
+        return Override(False, "this PyTorch is built without CUDA, so Triton has no device", {})
+    if importlib.util.find_spec("triton") is None:
+        return Override(False, "the package triton is not installed", {})
+    import triton
+
+    from spectral_kernels import triton_kernels
+
+    triton_kernels.register(LIBRARY)
+    return Override(True, f"Triton {triton.__version__} kernels are registered for CUDA", {})

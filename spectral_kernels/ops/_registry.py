@@ -1,0 +1,74 @@
+"""One place where a raw op becomes known to PyTorch's dispatcher.
+
+An op is a schema, a fake and a plain-PyTorch reference. The reference is registered for every
+device (``CompositeExplicitAutograd``); C++ and Triton override it for one dispatch key each, so
+which code runs is the dispatcher's decision and nobody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+NAMESPACE = "spectral"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What the registry knows of one op: its name, its reference and who may differentiate it."""
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    public_function: str
+
+    @property
+    def qualified_name(self) -> str:
+        return f"{NAMESPACE}::{self.name}"
+
+
+OPS: dict[str, OpSpec] = {}
+
+
+def define_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    public_function: str,
+) -> None:
+    """Declare ``spectral::<schema>`` with its reference and its fake.
+
+    Args:
+        schema: the op's schema without the namespace, e.g. ``"f(Tensor x) -> Tensor"``.
+        reference: plain PyTorch implementation with the schema's signature.
+        fake: shape and dtype propagation with the schema's signature.
+        public_function: the differentiable function to name when someone asks autograd to see
+            through the raw op.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, _autograd_guard(name, public_function), "Autograd", with_keyset=True)
+    OPS[name] = OpSpec(name, schema, reference, public_function)
+
+
+def _autograd_guard(name: str, public_function: str) -> Callable[..., Any]:
+    def guard(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(args)
+        ):
+            raise RuntimeError(
+                f"torch.ops.{NAMESPACE}.{name} is a raw op without a derivative; "
+                f"call {public_function}, which has one"
+            )
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return guard

@@ -2,5 +2,6 @@
 
 from spectral_adapters import functional
 from spectral_adapters.modules import SODAConv2d, SODALinear
+from spectral_adapters.optim import StiefelAdam, StiefelSGD
 
-__all__ = ["SODAConv2d", "SODALinear", "functional"]
+__all__ = ["SODAConv2d", "SODALinear", "StiefelAdam", "StiefelSGD", "functional"]

@@ -25,9 +25,7 @@ def check_tensor(argument: str, value: Any, *, ndim: int | None = None) -> Tenso
     if not value.is_floating_point():
         raise ValueError(f"{argument} must have a floating-point dtype; got {value.dtype}")
     if ndim is not None and value.dim() != ndim:
-        raise ValueError(
-            f"{argument} must have {ndim} dimensions; got shape {tuple(value.shape)}"
-        )
+        raise ValueError(f"{argument} must have {ndim} dimensions; got shape {tuple(value.shape)}")
     return value
 
 

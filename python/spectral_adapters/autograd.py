@@ -16,6 +16,19 @@ from torch.autograd.function import once_differentiable
 _ops = torch.ops.spectral
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` where a gradient can be asked for, its plain forward otherwise.
+
+    Besides saving the bookkeeping this keeps inference compilable: Dynamo (torch 2.13) inlines a Function
+    that needs no gradient and passes a context that a variadic ``forward`` would take for an argument.
+    """
+    if torch.is_grad_enabled() and any(
+        [arg.requires_grad for arg in args if isinstance(arg, Tensor)]
+    ):
+        return function.apply(*args)
+    return function.forward(*args)
+
+
 class CayleyFunction(torch.autograd.Function):
     """Packed skew parameters of a whole model to rotations, as one node of the graph.
 

@@ -113,7 +113,11 @@ class Fingerprint:
     def from_tensor(cls, packed: Tensor) -> Fingerprint:
         """Inverse of :meth:`to_tensor`; ``ValueError`` if the tensor is no fingerprint."""
         size = 33 + 2 * _SKETCH_SIZE * 4
-        if packed.dtype != torch.uint8 or packed.shape != (size,) or int(packed[32]) >= len(_DTYPES):
+        if (
+            packed.dtype != torch.uint8
+            or packed.shape != (size,)
+            or int(packed[32]) >= len(_DTYPES)
+        ):
             raise ValueError(
                 f"fingerprint must be a uint8 tensor [{size}] written by this package; "
                 f"got {packed.dtype} {tuple(packed.shape)}"
@@ -139,8 +143,8 @@ class Fingerprint:
                 "it was trained on another base weight (the SHA-256 of the values differs): load it on "
                 "the base it was trained on, or save the adapter with save_factors=True"
             )
-        scale = self.basis.norm().clamp_min(1e-30)
-        distance = float((self.basis - other.basis).norm() / scale)
+        scale = self.basis.norm(dim=1).clamp_min(1e-30)
+        distance = float(((self.basis - other.basis).norm(dim=1) / scale).max())
         if not distance <= BASIS_TOLERANCE:
             return (
                 f"the base weight is the same but its factorisation came out differently here "

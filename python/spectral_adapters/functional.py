@@ -7,6 +7,7 @@ Row-vector convention and torch layout throughout: a weight is ``[out, in]``, ac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import NamedTuple, overload
 
@@ -27,6 +28,7 @@ from spectral_adapters.autograd import (
     KronGramFunction,
     KronRotateFunction,
     RotatedLinearFunction,
+    apply,
 )
 from spectral_adapters.planner import PLANS, choose_plan
 
@@ -103,7 +105,7 @@ def _cayley_list(packed: list[Tensor], sizes: list[int]) -> tuple[Tensor, ...]:
         check_tensor(f"packed[{i}]", batch, ndim=2)
         check_last_dimension(f"packed[{i}]", batch, packed_length(n), f"n(n-1)/2 for n = {n}")
         batches.append(_at_least_fp32(batch).contiguous())
-    return CayleyFunction.apply(tuple(sizes), *batches)
+    return apply(CayleyFunction, tuple(sizes), *batches)
 
 
 def kron_rotate(
@@ -127,16 +129,14 @@ def kron_rotate(
     """
     matrices = check_square_factors("factors", factors)
     check_tensor("x", x)
-    width = prod(matrix.shape[0] for matrix in matrices)
+    width = prod([matrix.shape[0] for matrix in matrices])
     check_last_dimension("x", x, width, "the product of the factors' sizes")
     matrices = [_match_accumulation(matrix, x) for matrix in matrices]
     flat = x.reshape(-1, width)
-    return KronRotateFunction.apply(flat, transpose, orthogonal, *matrices).view(x.shape)
+    return apply(KronRotateFunction, flat, transpose, orthogonal, *matrices).view(x.shape)
 
 
-def kron_gram(
-    a: Tensor, b: Tensor, dims: Sequence[int]
-) -> tuple[tuple[Tensor, ...], Tensor]:
+def kron_gram(a: Tensor, b: Tensor, dims: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
     """All partial-trace Grams of two row batches, and the column sums of their product.
 
     ``gram_i = sum over tokens of (mode-i unfolding of a)(mode-i unfolding of b)^T``, the partial trace of
@@ -159,7 +159,7 @@ def kron_gram(
     sizes = tuple(dims)
     if not sizes or any(size < 1 for size in sizes) or prod(sizes) != a.shape[1]:
         raise ValueError(f"dims must be positive with product {a.shape[1]}; got {sizes!r}")
-    *grams, column_sums = KronGramFunction.apply(a, b, sizes)
+    *grams, column_sums = apply(KronGramFunction, a, b, sizes)
     return tuple(grams), column_sums
 
 
@@ -191,8 +191,8 @@ def rotated_linear(
     """
     if on_tokens and subtract is not None:
         raise ValueError("subtract must be None when on_tokens is True; got a tensor")
-    y, _ = RotatedLinearFunction.apply(
-        x, scale, matrix, subtract, bias, transpose, on_tokens, *factors
+    y, _ = apply(
+        RotatedLinearFunction, x, scale, matrix, subtract, bias, transpose, on_tokens, *factors
     )
     return y
 
@@ -254,7 +254,7 @@ def soda_linear(
         plan=plan,
         backward=torch.is_grad_enabled(),
     ).name
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         x = x.to(work_dtype)
         if bias is not None:
             bias = bias.to(work_dtype)
@@ -380,9 +380,7 @@ def soda_delta_weight(
         turned = rotated_linear(
             (right + _diagonal(spectrum, right)).mT, left, factors, subtract=left
         ).mT
-        return turned + pad(
-            left * spectrum, (0, right.shape[1] - right.shape[0])
-        )
+        return turned + pad(left * spectrum, (0, right.shape[1] - right.shape[0]))
     if decomposition == "svd":
         assert singular_values is not None
         change = (left * (spectrum - singular_values)) @ right
@@ -427,11 +425,13 @@ def _check_soda(
         )
     if rotation is None:
         if factors:
-            raise ValueError(f"factors must be None without a rotation; got {len(factors)} matrices")
+            raise ValueError(
+                f"factors must be None without a rotation; got {len(factors)} matrices"
+            )
         return
     matrices = check_square_factors("factors", factors)
     width = rank if rotation == "left" else basis.right.shape[1]
-    product = prod(matrix.shape[0] for matrix in matrices)
+    product = prod([matrix.shape[0] for matrix in matrices])
     if product != width:
         sizes = tuple(matrix.shape[0] for matrix in matrices)
         raise ValueError(
@@ -455,8 +455,19 @@ def product_dtypes(x: Tensor, basis: SpectralBasis) -> tuple[torch.dtype, torch.
     format, they run in the wider of it and the basis's.
     """
     result = x.dtype
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and _autocast_is_on(x.device.type):
         result = torch.get_autocast_dtype(x.device.type)
     if x.device.type == "cpu":
         return result, torch.promote_types(result, basis.left.dtype)
     return result, result
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which products keep the dtypes that :func:`product_dtypes` chose."""
+    if _autocast_is_on(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

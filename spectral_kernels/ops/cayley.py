@@ -35,7 +35,7 @@ def cayley_fwd_reference(packed: list[Tensor], sizes: list[int]) -> list[Tensor]
         skew = _skew(batch.double(), n)
         identity = torch.eye(n, dtype=skew.dtype, device=skew.device)
         inverse, _ = torch.linalg.inv_ex(identity - skew)
-        rotations.append((2 * inverse - identity).to(batch.dtype))
+        rotations.append((2 * inverse - identity).to(batch.dtype).contiguous())
     return rotations
 
 
@@ -51,7 +51,7 @@ def cayley_bwd_reference(grad_rotation: list[Tensor], rotation: list[Tensor]) ->
         rows, columns = torch.triu_indices(n, n, offset=1, device=matrix.device)
         shifted = matrix + torch.eye(n, dtype=matrix.dtype, device=matrix.device)
         grad_skew = 0.5 * (shifted @ (matrix.mT @ grad) @ shifted.mT)
-        grads.append(0.5 * (grad_skew - grad_skew.mT)[:, rows, columns])
+        grads.append(0.5 * (grad_skew - grad_skew.mT)[:, rows, columns].contiguous())
     return grads
 
 
@@ -59,9 +59,7 @@ def _cayley_fwd_fake(packed: list[Tensor], sizes: list[int]) -> list[Tensor]:
     torch._check(len(packed) == len(sizes))
     for batch, n in zip(packed, sizes, strict=True):
         torch._check(batch.dim() == 2 and batch.shape[1] == packed_length(n))
-    return [
-        batch.new_empty(batch.shape[0], n, n) for batch, n in zip(packed, sizes, strict=True)
-    ]
+    return [batch.new_empty(batch.shape[0], n, n) for batch, n in zip(packed, sizes, strict=True)]
 
 
 def _cayley_bwd_fake(grad_rotation: list[Tensor], rotation: list[Tensor]) -> list[Tensor]:

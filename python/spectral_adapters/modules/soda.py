@@ -22,6 +22,7 @@ from spectral_adapters.functional import (
     soda_linear,
     soda_weight,
     spectral_output,
+    without_autocast,
 )
 from spectral_adapters.modules._base import SpectralModule
 from spectral_adapters.planner import PLANS, PlanChoice, choose_plan
@@ -238,9 +239,7 @@ class SODALinear(SODAModule):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         basis, term, factors = self._terms()
-        return soda_linear(
-            x, basis, term, factors, self.bias, plan=self.plan, **self._method()
-        )
+        return soda_linear(x, basis, term, factors, self.bias, plan=self.plan, **self._method())
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the merged weight, in the base weight's dtype."""
@@ -358,7 +357,7 @@ class SODAConv2d(SODAModule):
         x = pad(x, self._edges, mode=mode) if any(self._edges) else x
         basis, term, factors = self._terms()
         result, work = product_dtypes(x, basis)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             y = self._convolve(x.to(work), basis, term, factors)
         return y.to(result)
 

@@ -1,0 +1,26 @@
+// The Cayley kernels for AVX2 with FMA. Only this file's functions are compiled for it.
+#include "cayley_cpu.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+#define SPECTRAL_SIMD_LEVEL avx2
+#define SPECTRAL_SIMD_BYTES 32
+#define SPECTRAL_TILE 3
+#include "cayley_cpu_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace spectral::cpu {
+const CayleyKernels kAvx2Kernels = avx2::kKernels;
+}
+#endif

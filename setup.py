@@ -2,9 +2,10 @@
 
 ``SPECTRAL_BUILD_EXT`` says what to build:
 
-* ``auto`` (default): CUDA and CPU code if torch is a CUDA build and an nvcc of the same major version
-  is there, else CPU code if a C++ compiler is there, else nothing. A failed compilation falls back
-  to the next of these and the installation goes on: every op has a reference in plain PyTorch.
+* ``auto`` (default): CUDA and CPU code if torch is a CUDA build and an nvcc of the same major
+  version is there, else CPU code if a C++ compiler is there, else nothing. A failed compilation
+  falls back to the next of these and the installation goes on: every op has a reference in plain
+  PyTorch. Neither a GPU nor CUDA is needed on the build host.
 * ``0``: nothing. ``cpu``, ``cuda``: that, or an error.
 
 The extension is compiled against the installed torch, which an isolated build does not see:
@@ -24,6 +25,9 @@ from dataclasses import dataclass
 from typing import Any
 
 REQUESTS = ("auto", "0", "cpu", "cuda")
+# The first to know license expressions. A new virtual environment of Python 3.11 has an older one,
+# and without build isolation nothing else checks build-system.requires.
+MINIMUM_SETUPTOOLS = 77
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
 CPU_SOURCES = (
     "csrc/bindings.cpp",
@@ -79,7 +83,7 @@ class Plan:
 
 
 def parse_request(environ: Mapping[str, str]) -> str:
-    """Return ``SPECTRAL_BUILD_EXT``; raises ``ValueError`` for a value that is not in ``REQUESTS``."""
+    """Return ``SPECTRAL_BUILD_EXT``; raises ``ValueError`` for what is not in ``REQUESTS``."""
     value = environ.get("SPECTRAL_BUILD_EXT", "auto").strip().lower()
     if value not in REQUESTS:
         raise ValueError(f"SPECTRAL_BUILD_EXT must be one of {', '.join(REQUESTS)}; got {value!r}")
@@ -126,7 +130,7 @@ def _why_no_cuda(tools: Toolchain) -> str:
 
 
 def architecture_list(supported: Iterable[str]) -> str:
-    """``TORCH_CUDA_ARCH_LIST`` by default: what this nvcc knows of ours, PTX for what comes later."""
+    """Default ``TORCH_CUDA_ARCH_LIST``: what this nvcc knows of ours, PTX for what comes later."""
     known = set(supported)
     chosen = [name for name in DEFAULT_ARCHITECTURES if name in known]
     if not chosen:
@@ -205,7 +209,7 @@ def _build_command(request: str, target: str) -> type:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildWithFallback(BuildExtension):
-        """Under ``auto``, a failed compilation leaves the next smaller build, not a failed install."""
+        """Under ``auto``, a failed compilation leaves the next smaller build."""
 
         def build_extensions(self) -> None:
             for attempt in ("cuda", "cpu") if target == "cuda" else ("cpu",):
@@ -228,16 +232,21 @@ def _build_command(request: str, target: str) -> type:
 
 def main() -> None:
     """Run setuptools with the extension that the environment asks for and allows."""
+    from setuptools import __version__ as setuptools_version
     from setuptools import setup
 
+    if int(setuptools_version.split(".")[0]) < MINIMUM_SETUPTOOLS:
+        raise RuntimeError(
+            f"setuptools {MINIMUM_SETUPTOOLS} or newer is needed to read pyproject.toml, got "
+            f"{setuptools_version}: pip install -U setuptools"
+        )
     request = parse_request(os.environ)
     plan = plan_build(request, find_toolchain())
-    _say(
-        f"building {'no' if plan.target == 'none' else 'the ' + plan.target} extension: {plan.reason}"
-    )
     if plan.target == "none":
+        _say(f"building no extension: {plan.reason}")
         setup()
         return
+    _say(f"building the {plan.target} extension: {plan.reason}")
     setup(
         ext_modules=[_extension(plan.target)],
         cmdclass={"build_ext": _build_command(request, plan.target)},

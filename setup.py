@@ -8,8 +8,8 @@
   PyTorch. Neither a GPU nor CUDA is needed on the build host.
 * ``0``: nothing. ``cpu``, ``cuda``: that, or an error.
 
-The extension is compiled against the installed torch, which an isolated build does not see:
-``pip install --no-build-isolation .`` builds it, plain ``pip install .`` does not and says so.
+The extension must be compiled against the torch that it will run with. An isolated build (plain
+``pip install .``) hides the environment's packages, so its torch is looked up where it is installed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,7 @@ HEADERS = tuple(
         "cayley_cpu_kernels.h",
         "cayley_cuda.cuh",
         "cayley_cuda.h",
+        "cayley_pivoting.h",
         "simd_level.h",
     )
 )
@@ -61,7 +63,7 @@ _BUILD_FIELDS = (
     "extra_link_args",
     "language",
 )
-REMEDY = "install torch first, then: pip install --no-build-isolation ."
+REMEDY = "install torch first, then this package"
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,18 @@ def _nvcc_output(option: str) -> str:
     return subprocess.run([nvcc, option], capture_output=True, text=True, check=False).stdout
 
 
+def _see_installed_torch() -> None:
+    """Make the environment's torch importable from an isolated build, after what the build brings."""
+    if importlib.util.find_spec("torch") is not None:
+        return
+    for directory in dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib"))):
+        if os.path.isdir(os.path.join(directory, "torch")):
+            sys.path.append(directory)
+
+
 def find_toolchain() -> Toolchain:
     """Look for torch, a C++ compiler and nvcc on this machine."""
+    _see_installed_torch()
     if importlib.util.find_spec("torch") is None:
         return Toolchain(None, None, None, None)
     import torch

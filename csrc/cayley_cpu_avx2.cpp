@@ -1,5 +1,6 @@
 // The Cayley kernels for AVX2 with FMA. Only this file's functions are compiled for it.
 #include "cayley_cpu.h"
+#include "cayley_pivoting.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)

@@ -10,7 +10,8 @@
 // Forward. A = I - Q has symmetric part I, so every pivot of elimination without pivoting is >= 1.
 // A is inverted in place by blocked Gauss-Jordan; then R = 2 A^-1 - I. It is computed in float64
 // for float32 too: elimination in float32 loses orthogonality as |Q| grows, and the two products of
-// a Newton-Schulz polish, 3 n^3, cost more than the doubled width of the elimination, 2 n^3.
+// a Newton-Schulz polish, 3 n^3, cost more than the doubled width of the elimination, 2 n^3. Very
+// large Q take a slower path with pivoting, see cayley_pivoting.h.
 //
 // Backward. G = R^T dR gives dQ = 1/2 (I+R) R^T dR (I+R)^T = 1/2 (I+R)^T dR (I+R)^T because R is
 // orthogonal: with Z = I + R and S = dR^T Z, dQ^T = 1/2 Z S. Two products, neither transposes
@@ -209,6 +210,56 @@ void pad_with_identity(typename Layout::Vec* matrix, std::int64_t n, std::int64_
     }
 }
 
+// Whether |Q|_F / sqrt(2) exceeds the bound; false for NaN, which needs no accuracy.
+template <typename S>
+bool needs_pivoting(double squared_norm) {
+    return squared_norm > 2 * kPivotAbove<S> * kPivotAbove<S>;
+}
+
+// Inverts the leading n x n of the padded [size, size] matrix in place by Gauss-Jordan with partial
+// pivoting, one column at a time. `pivot_rows` is scratch for n integers.
+void invert_pivoted(
+    Vector<double>* matrix, std::int64_t n, std::int64_t size, std::int64_t* pivot_rows) {
+    using Layout = Wide<double>;
+    const std::int64_t columns = size / Layout::kWidth;
+    const auto magnitude = [](double value) { return value < 0 ? -value : value; };
+    for (std::int64_t k = 0; k < n; ++k) {
+        std::int64_t pivot = k;
+        for (std::int64_t i = k + 1; i < n; ++i) {
+            if (magnitude(Layout::get(matrix + i * columns, k)) >
+                magnitude(Layout::get(matrix + pivot * columns, k))) {
+                pivot = i;
+            }
+        }
+        pivot_rows[k] = pivot;
+        Layout::Vec* const pivot_row = matrix + k * columns;
+        for (std::int64_t j = 0; j < columns; ++j) {
+            const Layout::Vec moved = matrix[pivot * columns + j];
+            matrix[pivot * columns + j] = pivot_row[j];
+            pivot_row[j] = moved;
+        }
+        const double scale = 1 / Layout::get(pivot_row, k);
+        Layout::set(pivot_row, k, 1);
+        for (std::int64_t j = 0; j < columns; ++j) pivot_row[j] *= scale;
+        for (std::int64_t i = 0; i < n; ++i) {
+            if (i == k) continue;
+            Layout::Vec* const row = matrix + i * columns;
+            const double factor = Layout::get(row, k);
+            Layout::set(row, k, 0);
+            for (std::int64_t j = 0; j < columns; ++j) row[j] -= factor * pivot_row[j];
+        }
+    }
+    // Rows of A were exchanged, so columns of its inverse are, in the opposite order.
+    for (std::int64_t i = 0; i < n; ++i) {
+        Layout::Vec* const row = matrix + i * columns;
+        for (std::int64_t k = n - 1; k >= 0; --k) {
+            const double moved = Layout::get(row, k);
+            Layout::set(row, k, Layout::get(row, pivot_rows[k]));
+            Layout::set(row, pivot_rows[k], moved);
+        }
+    }
+}
+
 template <typename S>
 void forward_wide(const S* packed, S* rotation, std::int64_t n, void* workspace) {
     using Layout = Wide<double>;
@@ -222,7 +273,20 @@ void forward_wide(const S* packed, S* rotation, std::int64_t n, void* workspace)
         for (std::int64_t j = i + 1; j < n; ++j) a[j * size + i] = -a[i * size + j];
         packed += n - i - 1;
     }
-    invert<Layout>(matrix, size, matrix + size * size / Layout::kWidth);
+    Layout::Vec* const scratch = matrix + size * size / Layout::kWidth;
+    // Four sums at once, or each addition would wait for the one before.
+    Layout::Vec squares[4]{};
+    for (std::int64_t i = 0; i < size * size / Layout::kWidth; i += 4) {
+        for (int j = 0; j < 4; ++j) squares[j] += matrix[i + j] * matrix[i + j];
+    }
+    const Layout::Vec sums = squares[0] + squares[1] + squares[2] + squares[3];
+    double squared_norm = -double(size);  // of Q: without the diagonal of I - Q
+    for (std::int64_t lane = 0; lane < Layout::kWidth; ++lane) squared_norm += sums[lane];
+    if (needs_pivoting<S>(squared_norm)) {
+        invert_pivoted(matrix, n, size, reinterpret_cast<std::int64_t*>(scratch));
+    } else {
+        invert<Layout>(matrix, size, scratch);
+    }
     for (std::int64_t i = 0; i < n; ++i) {
         for (std::int64_t j = 0; j < n; ++j) rotation[i * n + j] = S(2 * a[i * size + j]);
         rotation[i * n + i] = S(2 * a[i * size + i] - 1);
@@ -267,13 +331,22 @@ void forward_lanes(
     const std::int64_t size = round_up(n, Layout::kBlock);
     auto* const a = static_cast<Layout::Vec*>(workspace);
     pad_with_identity<Layout>(a, n, size);
+    Layout::Vec squares{};
     for (std::int64_t i = 0, entry = 0; i < n; ++i) {
         Layout::set(a + i * size, i, 1);
         for (std::int64_t j = i + 1; j < n; ++j, ++entry) {
             const Layout::Vec half = 0.5 * gather<double>(packed, count, entry);
             a[i * size + j] = -half;
             a[j * size + i] = half;
+            squares += half * half;
         }
+    }
+    for (std::int64_t lane = 0; lane < count; ++lane) {
+        if (!needs_pivoting<S>(2 * squares[lane])) continue;
+        for (std::int64_t i = 0; i < count; ++i) {
+            forward_wide<S>(packed[i], rotation[i], n, workspace);
+        }
+        return;
     }
     invert<Layout>(a, size, a + size * size);
     for (std::int64_t i = 0; i < n; ++i) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cayley_cuda.h"
+#include "cayley_pivoting.h"
 
 #if defined(__CUDACC__)
 #define SPECTRAL_DEVICE __device__ __forceinline__
@@ -23,11 +24,11 @@ inline constexpr int kThreads = 256;
 inline constexpr int kBlock = 8;
 // Each thread keeps a kTile x kTile piece of a product in registers.
 inline constexpr int kTile = 4;
-// Shared memory for one matrix. Forward: two pivot panels, two copies of the pivot block and, if it
-// is small, the matrix, in double. Backward: two products, if they are small.
+// Shared memory for one matrix. Forward: two pivot panels, two copies of the pivot block, the
+// norm and, if it is small, the matrix, in double. Backward: two products, if they are small.
 constexpr std::int64_t forward_shared_bytes(std::int64_t n) {
     const std::int64_t matrix = n <= kMaxSharedForward ? n * n : 0;
-    return (2 * kBlock * n + 2 * kBlock * kBlock + matrix) * std::int64_t{sizeof(double)};
+    return (2 * kBlock * n + 2 * kBlock * kBlock + 1 + matrix) * std::int64_t{sizeof(double)};
 }
 template <typename T>
 constexpr std::int64_t backward_shared_bytes(std::int64_t n) {
@@ -79,6 +80,8 @@ SPECTRAL_DEVICE int packed_index(int row, int column, int n) {
     return row * (2 * n - row - 1) / 2 + column - row - 1;
 }
 
+SPECTRAL_DEVICE double magnitude(double value) { return value < 0.0 ? -value : value; }
+
 // The tiles of an n x n result: tile t holds rows 4 (t / side) + r and columns t % side + side c,
 // so that neighbouring threads touch neighbouring columns.
 struct Tiles {
@@ -92,29 +95,29 @@ struct Tiles {
     SPECTRAL_DEVICE int inside(int index) const { return index < n ? index : n - 1; }
 };
 
-// R = 2 (I - Q)^-1 - I. Blocked Gauss-Jordan in place without pivoting: I - Q has symmetric part I,
-// so every pivot is >= 1. In double for float32 too, see cayley_cpu_kernels.h.
-template <typename T, typename ThreadBlock>
-SPECTRAL_DEVICE void cayley_forward(
-    const ThreadBlock& block, const T* packed, T* rotation, int n, double* shared,
-    double* workspace) {
-    double* const column_panel = shared;                  // [kBlock, n], transposed
-    double* const row_panel = column_panel + kBlock * n;  // [kBlock, n]
-    double* const pivots = row_panel + kBlock * n;        // 2 x [kBlock, kBlock]
-    double* const a = n <= kMaxSharedForward ? pivots + 2 * kBlock * kBlock : workspace;
+// Shared memory of the forward pass.
+struct ForwardShared {
+    double* column_panel;  // [kBlock, n], transposed
+    double* row_panel;     // [kBlock, n]
+    double* pivots;        // 2 x [kBlock, kBlock]
+    double* squared_norm;  // [1], written once
+    double* matrix;        // [n, n], if it is small
+    SPECTRAL_DEVICE ForwardShared(double* shared, int n)
+        : column_panel(shared),
+          row_panel(column_panel + kBlock * n),
+          pivots(row_panel + kBlock * n),
+          squared_norm(pivots + 2 * kBlock * kBlock),
+          matrix(squared_norm + 1) {}
+};
+
+// Inverts a [n, n] in place by blocked Gauss-Jordan without pivoting.
+template <typename ThreadBlock>
+SPECTRAL_DEVICE void invert(
+    const ThreadBlock& block, double* a, int n, const ForwardShared& shared) {
+    double* const column_panel = shared.column_panel;
+    double* const row_panel = shared.row_panel;
+    double* const pivots = shared.pivots;
     const Tiles tiles(n);
-
-    block.phase([&](int thread) {
-        for (int entry = thread; entry < n * n; entry += kThreads) {
-            const int i = entry / n;
-            const int j = entry % n;
-            double value = 1.0;
-            if (i < j) value = -0.5 * static_cast<double>(packed[packed_index(i, j, n)]);
-            if (i > j) value = 0.5 * static_cast<double>(packed[packed_index(j, i, n)]);
-            a[entry] = value;
-        }
-    });
-
     for (int start = 0; start < n; start += kBlock) {
         const int width = n - start < kBlock ? n - start : kBlock;
         block.phase([&](int thread) {
@@ -193,6 +196,98 @@ SPECTRAL_DEVICE void cayley_forward(
                 }
             }
         });
+    }
+}
+
+// Inverts a [n, n] in place by Gauss-Jordan with partial pivoting, one column at a time.
+template <typename ThreadBlock>
+SPECTRAL_DEVICE void invert_pivoted(
+    const ThreadBlock& block, double* a, int n, const ForwardShared& shared) {
+    double* const column = shared.column_panel;
+    double* const pivot_row = shared.row_panel;
+    double* const exchanged = pivot_row + n;      // with which row k was exchanged, for every k
+    double* const displaced = pivot_row + 2 * n;  // the row that makes place for the pivot row
+    for (int k = 0; k < n; ++k) {
+        block.phase([&](int thread) {
+            for (int i = thread; i < n; i += kThreads) column[i] = a[i * n + k];
+        });
+        block.phase([&](int thread) {
+            if (thread != 0) return;
+            int pivot = k;
+            for (int i = k + 1; i < n; ++i) {
+                if (magnitude(column[i]) > magnitude(column[pivot])) pivot = i;
+            }
+            exchanged[k] = pivot;
+        });
+        block.phase([&](int thread) {
+            const int pivot = static_cast<int>(exchanged[k]);
+            for (int j = thread; j < n; j += kThreads) {
+                pivot_row[j] = (j == k ? 1.0 : a[pivot * n + j]) / column[pivot];
+                displaced[j] = a[k * n + j];
+            }
+        });
+        block.phase([&](int thread) {
+            const int pivot = static_cast<int>(exchanged[k]);
+            for (int entry = thread; entry < n * n; entry += kThreads) {
+                const int i = entry / n;
+                const int j = entry % n;
+                const double before = i == pivot ? displaced[j] : a[entry];
+                const double factor = column[i == pivot ? k : i];
+                const double after = (j == k ? 0.0 : before) - factor * pivot_row[j];
+                a[entry] = i == k ? pivot_row[j] : after;
+            }
+        });
+    }
+    // Rows of A were exchanged, so columns of its inverse are, in the opposite order.
+    block.phase([&](int thread) {
+        for (int i = thread; i < n; i += kThreads) {
+            for (int k = n - 1; k >= 0; --k) {
+                const int pivot = static_cast<int>(exchanged[k]);
+                const double moved = a[i * n + k];
+                a[i * n + k] = a[i * n + pivot];
+                a[i * n + pivot] = moved;
+            }
+        }
+    });
+}
+
+// R = 2 (I - Q)^-1 - I, computed in double for float32 too: see cayley_cpu_kernels.h for why, and
+// cayley_pivoting.h for when rows are exchanged.
+template <typename T, typename ThreadBlock>
+SPECTRAL_DEVICE void cayley_forward(
+    const ThreadBlock& block, const T* packed, T* rotation, int n, double* shared_memory,
+    double* workspace) {
+    const ForwardShared shared(shared_memory, n);
+    double* const a = n <= kMaxSharedForward ? shared.matrix : workspace;
+
+    block.phase([&](int thread) {
+        for (int entry = thread; entry < n * n; entry += kThreads) {
+            const int i = entry / n;
+            const int j = entry % n;
+            double value = 1.0;
+            if (i < j) value = -0.5 * static_cast<double>(packed[packed_index(i, j, n)]);
+            if (i > j) value = 0.5 * static_cast<double>(packed[packed_index(j, i, n)]);
+            a[entry] = value;
+        }
+    });
+    block.phase([&](int thread) {
+        for (int j = thread; j < n; j += kThreads) {
+            double sum = -1.0;  // of Q: without the diagonal of I - Q
+            for (int i = 0; i < n; ++i) sum += a[i * n + j] * a[i * n + j];
+            shared.column_panel[j] = sum;
+        }
+    });
+    block.phase([&](int thread) {
+        if (thread != 0) return;
+        double sum = 0.0;
+        for (int j = 0; j < n; ++j) sum += shared.column_panel[j];
+        *shared.squared_norm = sum;
+    });
+    // All threads read the same number, which nothing overwrites: they take the same branch.
+    if (*shared.squared_norm > 2.0 * kPivotAbove<T> * kPivotAbove<T>) {
+        invert_pivoted(block, a, n, shared);
+    } else {
+        invert(block, a, n, shared);
     }
 
     block.phase([&](int thread) {

@@ -38,7 +38,8 @@ def _load_extension() -> Override:
     if importlib.util.find_spec("spectral_kernels._C") is None:
         return Override(
             False,
-            "the extension spectral_kernels._C was not built (SPECTRAL_BUILD_EXT, or no compiler)",
+            "spectral_kernels._C was not built: no compiler, no torch at build time, "
+            "or SPECTRAL_BUILD_EXT=0",
             {},
         )
     try:

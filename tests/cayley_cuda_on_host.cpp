@@ -2,8 +2,8 @@
 // launches, blocks and phases, with the threads of a phase one after another in a chosen order. A
 // phase in which one thread read what another writes would give different results in other orders.
 #include <algorithm>
+#include <bit>
 #include <cstdint>
-#include <cstring>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -14,6 +14,9 @@ namespace {
 
 using spectral::cuda::Batch;
 using spectral::cuda::Batches;
+
+// Scratch memory starts as this. Its two halves are NaN as floats too.
+const double kPoison = std::bit_cast<double>(~std::uint64_t{0});
 
 enum Order : std::int32_t { kAscending, kDescending, kShuffled };
 
@@ -46,7 +49,7 @@ void run(const Batch* batches, std::int64_t count, bool backward, Order order) {
         std::vector<double> shared(static_cast<std::size_t>(bytes + 7) / 8);
         const int blocks = chunk.first_block[chunk.count];
         for (int block = 0; block < blocks; ++block) {
-            std::memset(shared.data(), 0xff, shared.size() * sizeof(double));  // NaN
+            std::fill(shared.begin(), shared.end(), kPoison);
             const ThreadBlock threads{order, &generator};
             if (backward) {
                 spectral::cuda::backward_block<T>(threads, chunk, block, shared.data());
@@ -73,8 +76,7 @@ void run_cayley(
                                    : is_double
                                        ? spectral::cuda::backward_workspace_bytes<double>(n[i])
                                        : spectral::cuda::backward_workspace_bytes<float>(n[i]);
-        workspaces.emplace_back(static_cast<std::size_t>(count[i] * bytes / 8));
-        std::memset(workspaces.back().data(), 0xff, workspaces.back().size() * sizeof(double));
+        workspaces.emplace_back(static_cast<std::size_t>(count[i] * bytes / 8), kPoison);
         list.push_back(
             {input[i], rotation[i], output[i], workspaces.back().data(), n[i], count[i]});
     }

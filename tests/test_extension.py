@@ -1,0 +1,380 @@
+"""The compiled Cayley ops: the CPU kernels at every SIMD level, the CUDA algorithm on the host."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from support import assert_near
+
+from spectral_kernels import backend_report
+from spectral_kernels.ops.cayley import cayley_bwd_reference, cayley_fwd_reference
+
+REASON = "the extension is not built: SPECTRAL_BUILD_EXT=cpu pip install --no-build-isolation ."
+extension = pytest.importorskip("spectral_kernels._C", reason=REASON)
+op = torch.ops.spectral
+
+LEVELS = ("avx512", "avx2", "baseline")
+# Both sides of every padding, lane and block boundary, and the largest sizes the adapters use.
+SIZES = [*range(1, 36), 40, 47, 63, 64, 65, 100, 128, 131, 200, 255, 256]
+# R is computed in float64 and |R| <= 1, so float32 is off by one rounding.
+FORWARD_TOLERANCE = {torch.float32: 6.1e-8, torch.float64: 1e-13}
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    if request.param not in extension._simd_levels():
+        pytest.skip(f"this processor has no {request.param}")
+    before = extension.build_info()["simd"]
+    extension._set_simd_level(request.param)
+    yield request.param
+    extension._set_simd_level(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def packed_entries(batch, n, dtype=torch.float32, scale=1.0):
+    return torch.randn(batch, n * (n - 1) // 2, dtype=dtype) * scale
+
+
+def pack(skew):
+    """Skew [B, n, n] to the packed P with (P - P^T)/2 = skew."""
+    n = skew.shape[-1]
+    return 2 * skew[(slice(None), *torch.triu_indices(n, n, 1))]
+
+
+def orthogonality_error(rotation):
+    rotation = rotation.double()
+    return float((rotation.mT @ rotation - torch.eye(rotation.shape[-1])).abs().amax())
+
+
+def structured_skews(n):
+    """Skew matrices that elimination without pivoting might trip over, each of spectral norm 1."""
+    gauss = torch.randn(n, n, dtype=torch.float64)
+    first, second = torch.randn(2, n, 1, dtype=torch.float64)
+    basis = torch.linalg.qr(gauss).Q
+    pairs = torch.zeros(n, n, dtype=torch.float64)
+    for k in range(n // 2):
+        pairs[2 * k, 2 * k + 1] = 10.0 ** (-8 * k / max(n // 2, 1))
+    corner = torch.zeros(n, n, dtype=torch.float64)
+    corner[0, -1] = 1
+    skews = {
+        "gauss": gauss,
+        "one entry": corner,
+        "rank 2": first @ second.mT,
+        "all equal": torch.ones(n, n, dtype=torch.float64).triu(1),
+        "sparse": gauss * (torch.rand(n, n) < 2 / n),
+        "graded spectrum": basis @ pairs @ basis.mT,
+        "neighbours": torch.diag(torch.ones(n - 1, dtype=torch.float64), 1),
+    }
+    for name, upper in skews.items():
+        skew = upper - upper.mT
+        norm = torch.linalg.matrix_norm(skew, 2)
+        yield name, skew / norm if norm > 0 else skew
+
+
+def test_the_dispatcher_runs_the_extension():
+    rows = {row.op: row for row in backend_report().rows if row.device == "cpu"}
+    assert rows["cayley_fwd"].implementation == "c++"
+    assert rows["cayley_bwd"].implementation == "c++"
+
+
+def test_build_info_says_what_was_built():
+    info = extension.build_info()
+    assert set(info) == {"compiler", "cxx_standard", "torch", "simd", "cuda", "cuda_architectures"}
+    assert info["simd"] == extension._simd_levels()[0]
+    assert extension._simd_levels()[-1] == "baseline"
+    assert torch.__version__.split("+")[0] == info["torch"]
+    assert (info["cuda"] is None) == (info["cuda_architectures"] is None)
+
+
+def test_an_unknown_simd_level_is_refused():
+    with pytest.raises(ValueError, match="mmx"):
+        extension._set_simd_level("mmx")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_values(level, dtype):
+    for n in SIZES:
+        packed = packed_entries(17 if n <= 32 else 2, n, dtype, scale=n**-0.5)
+        (rotation,) = op.cayley_fwd([packed], [n])
+        (expected,) = cayley_fwd_reference([packed.double()], [n])
+        assert rotation.dtype == dtype and rotation.shape == expected.shape
+        error = float((rotation.double() - expected).abs().amax())
+        assert error <= FORWARD_TOLERANCE[dtype], (n, error)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 33])
+def test_every_filling_of_the_lanes(level, batch):
+    for n in (2, 4, 7, 8, 13, 24):
+        packed = packed_entries(batch, n)
+        (rotation,) = op.cayley_fwd([packed], [n])
+        (expected,) = cayley_fwd_reference([packed.double()], [n])
+        assert float((rotation.double() - expected).abs().amax()) <= 6.1e-8
+        grad = torch.randn_like(rotation)
+        (actual,) = op.cayley_bwd([grad], [rotation])
+        assert_near(actual, cayley_bwd_reference([grad.double()], [rotation.double()])[0])
+
+
+# Above a norm of 1000 in float32 and 32 in float64 rows are exchanged (csrc/cayley_pivoting.h).
+NORMS = {
+    torch.float32: {1e-3: 2e-7, 1.0: 2e-7, 100.0: 2e-7, 1e3: 2e-7, 1e5: 2e-7, 1e8: 2e-7},
+    torch.float64: {1.0: 2e-14, 10.0: 1e-13, 31.0: 4e-13, 33.0: 4e-13, 1e3: 1e-12, 1e6: 1e-9},
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "norm", "limit"),
+    [(dtype, *pair) for dtype, limits in NORMS.items() for pair in limits.items()],
+)
+def test_rotations_are_orthogonal_to_rounding(level, dtype, norm, limit):
+    for n in (2, 3, 8, 16, 17, 33, 64, 100, 256):
+        for name, skew in structured_skews(n):
+            packed = pack(norm * skew[None]).to(dtype)
+            (rotation,) = op.cayley_fwd([packed], [n])
+            error = orthogonality_error(rotation)
+            assert error <= limit, (n, name, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_and_ordinary_matrices_in_one_batch(level, dtype):
+    for n in (2, 5, 16, 24, 40):
+        packed = packed_entries(16, n, dtype)
+        packed[5] *= 1e4
+        (rotation,) = op.cayley_fwd([packed], [n])
+        (expected,) = cayley_fwd_reference([packed.double()], [n])
+        assert float((rotation.double() - expected).abs().amax()) <= max(
+            FORWARD_TOLERANCE[dtype], 1e-10
+        )
+
+
+def test_zero_is_the_identity_to_the_last_bit(level):
+    for n in SIZES:
+        (rotation,) = op.cayley_fwd([torch.zeros(3, n * (n - 1) // 2)], [n])
+        assert torch.equal(rotation, torch.eye(n).expand(3, n, n))
+
+
+def test_tiny_values_survive():
+    packed = torch.full((1, 6), 1e-30)
+    (rotation,) = op.cayley_fwd([packed], [4])
+    assert torch.equal(rotation[0].triu(1)[0, 1:], packed[0, :3])
+
+
+def test_one_bad_matrix_spoils_no_other(level):
+    for n in (5, 16, 40):
+        packed = packed_entries(16, n)
+        (clean,) = op.cayley_fwd([packed], [n])
+        packed[3] = torch.nan
+        (rotation,) = op.cayley_fwd([packed], [n])
+        assert rotation[3].isnan().all()
+        kept = torch.arange(16) != 3
+        assert torch.equal(rotation[kept], clean[kept])
+
+
+def test_lists_of_mixed_sizes_and_dtypes(level):
+    shapes = [(4, 3), (64, 2), (5, 0), (1, 4), (16, 21), (4, 1), (300, 1), (2, 5), (33, 2)]
+    for dtypes in ([torch.float32] * 9, [torch.float32, torch.float64] * 4 + [torch.float32]):
+        packed = [
+            packed_entries(b, n, dtype, scale=n**-0.5)
+            for (n, b), dtype in zip(shapes, dtypes, strict=True)
+        ]
+        sizes = [n for n, _ in shapes]
+        rotations = op.cayley_fwd(packed, sizes)
+        for rotation, expected in zip(
+            rotations, cayley_fwd_reference([p.double() for p in packed], sizes), strict=True
+        ):
+            assert_near(rotation, expected)
+        grads = [torch.randn_like(rotation) for rotation in rotations]
+        for actual, expected in zip(
+            op.cayley_bwd(grads, rotations),
+            cayley_bwd_reference([g.double() for g in grads], [r.double() for r in rotations]),
+            strict=True,
+        ):
+            assert_near(actual, expected)
+    assert op.cayley_fwd([], []) == []
+    assert op.cayley_bwd([], []) == []
+
+
+def test_strided_inputs():
+    packed = packed_entries(10, 9).mT.contiguous().mT[::2]
+    (rotation,) = op.cayley_fwd([packed], [9])
+    assert torch.equal(rotation, op.cayley_fwd([packed.contiguous()], [9])[0])
+    grad = torch.randn(9, 9, 5).permute(2, 1, 0)
+    (actual,) = op.cayley_bwd([grad], [rotation.mT])
+    (expected,) = op.cayley_bwd([grad.contiguous()], [rotation.mT.contiguous()])
+    assert torch.equal(actual, expected)
+
+
+def test_thread_counts_give_the_same_bits(threads):
+    shapes = [(4, 100), (16, 70), (24, 50), (40, 30), (64, 20), (128, 3)]
+    packed = [packed_entries(b, n) for n, b in shapes]
+    sizes = [n for n, _ in shapes]
+    threads(1)
+    rotations = op.cayley_fwd(packed, sizes)
+    grads = [torch.randn_like(rotation) for rotation in rotations]
+    packed_grads = op.cayley_bwd(grads, rotations)
+    for count in (2, 5):
+        threads(count)
+        assert all(map(torch.equal, op.cayley_fwd(packed, sizes), rotations))
+        assert all(map(torch.equal, op.cayley_bwd(grads, rotations), packed_grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_backward_equals_autograd_through_a_solve(level, dtype):
+    for n in [n for n in SIZES if n <= 131]:
+        packed = packed_entries(17 if n <= 32 else 2, n, torch.float64, scale=n**-0.5)
+        packed.requires_grad_()
+        rows, columns = torch.triu_indices(n, n, 1)
+        batch = torch.arange(len(packed))[:, None]
+        upper = torch.zeros(len(packed), n, n, dtype=torch.float64)
+        upper = upper.index_put((batch, rows[None], columns[None]), packed / 2)
+        skew, identity = upper - upper.mT, torch.eye(n, dtype=torch.float64)
+        rotation = torch.linalg.solve(identity - skew, identity + skew)
+        weight = torch.randn_like(rotation)
+        (expected,) = torch.autograd.grad((rotation * weight).sum(), packed)
+        (grad,) = op.cayley_bwd([weight.to(dtype)], [rotation.detach().to(dtype)])
+        assert_near(grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([torch.zeros(1, 6)], [3]), ValueError, r"packed\[0\] must have shape.*\[1, 6\]"),
+        (([torch.zeros(6)], [4]), ValueError, r"packed\[0\] must have shape"),
+        (([torch.zeros(1, 6)], [4, 4]), ValueError, "sizes must have one entry per batch"),
+        (([torch.zeros(1, 0)], [0]), ValueError, r"sizes\[0\] must be at least 1; got 0"),
+        (([torch.zeros(1, 6).half()], [4]), TypeError, r"packed\[0\] must be float32 or float64"),
+        (([torch.zeros(1, 6).long()], [4]), TypeError, r"packed\[0\] must be float32 or float64"),
+    ],
+)
+def test_forward_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        op.cayley_fwd(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("grad", "rotation", "error", "message"),
+    [
+        (torch.zeros(1, 4, 4), torch.zeros(1, 4, 5), ValueError, r"rotation\[0\] must have shape"),
+        (torch.zeros(2, 4, 4), torch.zeros(1, 4, 4), ValueError, r"grad_rotation\[0\] must have"),
+        (torch.zeros(1, 4, 4).double(), torch.zeros(1, 4, 4), TypeError, "must have the dtype"),
+        (torch.zeros(1, 4, 4).half(), torch.zeros(1, 4, 4).half(), TypeError, "must be float32"),
+    ],
+)
+def test_backward_refuses(grad, rotation, error, message):
+    with pytest.raises(error, match=message):
+        op.cayley_bwd([grad], [rotation])
+
+
+# The CUDA algorithm, thread after thread on the host: see tests/cayley_cuda_on_host.cpp.
+
+ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
+
+
+@pytest.fixture(scope="module")
+def cuda_on_host(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the host version of the CUDA kernels")
+    library = tmp_path_factory.mktemp("cuda_on_host") / "cayley.so"
+    source = Path(__file__).with_name("cayley_cuda_on_host.cpp")
+    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    function = ctypes.CDLL(str(library)).run_cayley
+
+    def run(inputs, rotations, outputs, order):
+        def pointers(tensors):
+            return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+        matrices = outputs if rotations is None else rotations
+        numbers = ctypes.c_int32 * len(inputs)
+        function(
+            ctypes.c_int64(len(inputs)),
+            numbers(*(matrix.shape[-1] for matrix in matrices)),
+            numbers(*(matrix.shape[0] for matrix in matrices)),
+            pointers(inputs),
+            pointers(inputs if rotations is None else rotations),
+            pointers(outputs),
+            ctypes.c_int32(outputs[0].dtype == torch.float64),
+            ctypes.c_int32(rotations is not None),
+            ctypes.c_int32(ORDERS[order]),
+        )
+        return outputs
+
+    def forward(packed, sizes, order="ascending"):
+        empty = [p.new_full((len(p), n, n), torch.nan) for p, n in zip(packed, sizes, strict=True)]
+        return run(packed, None, empty, order)
+
+    def backward(grads, rotations, order="ascending"):
+        empty = [r.new_full((len(r), pack(r).shape[1]), torch.nan) for r in rotations]
+        return run(grads, rotations, empty, order)
+
+    return forward, backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_algorithm_values(cuda_on_host, dtype):
+    forward, backward = cuda_on_host
+    sizes = [1, 2, 3, 4, 7, 8, 9, 10, 16, 20, 31, 48, 49, 64, 65, 72, 73, 128, 200, 256]
+    packed = [packed_entries(2, n, dtype, scale=n**-0.5) for n in sizes]
+    rotations = forward(packed, sizes)
+    for rotation, expected in zip(
+        rotations, cayley_fwd_reference([p.double() for p in packed], sizes), strict=True
+    ):
+        assert float((rotation.double() - expected).abs().amax()) <= FORWARD_TOLERANCE[dtype]
+    grads = [torch.randn_like(rotation) for rotation in rotations]
+    for actual, expected in zip(
+        backward(grads, rotations),
+        cayley_bwd_reference([g.double() for g in grads], [r.double() for r in rotations]),
+        strict=True,
+    ):
+        assert_near(actual, expected)
+
+
+def test_cuda_algorithm_does_not_depend_on_the_order_of_threads(cuda_on_host):
+    forward, backward = cuda_on_host
+    sizes = [1, 3, 8, 17, 40, 66, 76]
+    packed = [packed_entries(2, n) for n in sizes]
+    for batch in packed:
+        batch[1] *= 1e4  # takes the path with pivoting
+    rotations = forward(packed, sizes)
+    grads = [torch.randn_like(rotation) for rotation in rotations]
+    packed_grads = backward(grads, rotations)
+    for order in ("descending", "shuffled"):
+        assert all(map(torch.equal, forward(packed, sizes, order), rotations))
+        assert all(map(torch.equal, backward(grads, rotations, order), packed_grads))
+
+
+def test_cuda_lists_longer_than_one_launch(cuda_on_host):
+    forward, backward = cuda_on_host
+    sizes = [2 + index % 7 for index in range(150)]
+    packed = [packed_entries(1 + index % 3, n) for index, n in enumerate(sizes)]
+    rotations = forward(packed, sizes)
+    expected = cayley_fwd_reference([p.double() for p in packed], sizes)
+    grads = [torch.randn_like(rotation) for rotation in rotations]
+    expected_grads = cayley_bwd_reference(
+        [g.double() for g in grads], [r.double() for r in rotations]
+    )
+    for actual, exact in zip(
+        rotations + backward(grads, rotations), expected + expected_grads, strict=True
+    ):
+        assert_near(actual, exact)
+
+
+@pytest.mark.parametrize("norm", [100.0, 1e5])
+def test_cuda_rotations_are_orthogonal_to_rounding(cuda_on_host, norm):
+    forward, _ = cuda_on_host
+    for n in (3, 16, 64, 70, 256):
+        skews = torch.stack([skew for _, skew in structured_skews(n)])
+        packed = pack(norm * skews).float()
+        (rotation,) = forward([packed], [n])
+        assert orthogonality_error(rotation) <= 2e-7
+        (expected,) = cayley_fwd_reference([packed.double()], [n])
+        assert float((rotation.double() - expected).abs().amax()) <= 1e-7

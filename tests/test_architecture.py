@@ -19,8 +19,10 @@ LAYERS = [
     {"decomposition"},
     {"modules", "optim"},
     {"peft"},
+    {"diffusers"},
     {"personalize"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 
 

@@ -6,6 +6,7 @@ no solve is ever built.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,20 +26,36 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.is_grad_enabled() and any(
         [arg.requires_grad for arg in args if isinstance(arg, Tensor)]
     ):
-        return function.apply(*args)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        # What Function.apply does once it has bound the arguments to the signature of forward, which
+        # takes longer than all the rest and here, where none is missing, changes nothing.
+        return super(torch.autograd.Function, function).apply(*args)
     return function.forward(*args)
+
+
+def raw(op: Callable[..., Any], *args: Any) -> Any:
+    """Call a raw op from inside a Function, below autograd and so past the op's guard against it."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 class CayleyFunction(torch.autograd.Function):
     """Packed skew parameters of a whole model to rotations, as one node of the graph.
 
-    Inputs: ``sizes`` (tuple of ints) and per batch ``packed`` [B_i, n_i(n_i-1)/2]; outputs
-    [B_i, n_i, n_i]. Saves the rotations only.
+    Inputs: ``sizes`` (tuple of ints) and per batch ``packed`` [B_i, n_i(n_i-1)/2] or, for a single
+    rotation, [n_i(n_i-1)/2]; outputs [B_i, n_i, n_i] or [n_i, n_i]. Saves the rotations only.
     """
 
     @staticmethod
     def forward(sizes: tuple[int, ...], *packed: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_ops.cayley_fwd(list(packed), list(sizes)))
+        batches = [p if p.dim() == 2 else p.unsqueeze(0) for p in packed]
+        rotations = raw(_ops.cayley_fwd, batches, list(sizes))
+        return tuple(
+            r if p.dim() == 2 else r.squeeze(0) for p, r in zip(packed, rotations, strict=True)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -50,12 +67,18 @@ class CayleyFunction(torch.autograd.Function):
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         results: list[Tensor | None] = [None] * len(grads)
         rotations = ctx.saved_tensors
-        packed_grads = _ops.cayley_bwd(
-            [grads[i].contiguous() for i in wanted], [rotations[i] for i in wanted]
+        packed_grads = raw(
+            _ops.cayley_bwd,
+            [_as_batch(grads[i].contiguous()) for i in wanted],
+            [_as_batch(rotations[i]) for i in wanted],
         )
         for i, grad in zip(wanted, packed_grads, strict=True):
-            results[i] = grad
+            results[i] = grad if rotations[i].dim() == 3 else grad.squeeze(0)
         return None, *results
+
+
+def _as_batch(matrix: Tensor) -> Tensor:
+    return matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
 
 
 class KronRotateFunction(torch.autograd.Function):
@@ -68,7 +91,7 @@ class KronRotateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, transpose: bool, orthogonal: bool, *factors: Tensor) -> Tensor:
-        return _ops.kron_rotate(x, list(factors), transpose, None, None)
+        return raw(_ops.kron_rotate, x, list(factors), transpose, None, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -81,11 +104,11 @@ class KronRotateFunction(torch.autograd.Function):
         x, *factors = ctx.saved_tensors
         factor_grads: list[Tensor | None] = [None] * len(factors)
         if not any(ctx.needs_input_grad[3:]):
-            grad_x = _ops.kron_rotate(grad, factors, not ctx.transpose, None, None)
+            grad_x = raw(_ops.kron_rotate, grad, factors, not ctx.transpose, None, None)
         elif ctx.orthogonal:
-            grad_x = _ops.kron_rotate(grad, factors, not ctx.transpose, None, None)
+            grad_x = raw(_ops.kron_rotate, grad, factors, not ctx.transpose, None, None)
             dims = [factor.shape[0] for factor in factors]
-            grams = _ops.kron_gram(x, grad_x, dims, None)
+            grams = raw(_ops.kron_gram, x, grad_x, dims, None)
             for i, factor in enumerate(factors):
                 gram = grams[i].to(factor.dtype)
                 factor_grads[i] = factor @ gram.mT if ctx.transpose else gram @ factor
@@ -126,7 +149,7 @@ class KronGramFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, ...]:
-        return tuple(_ops.kron_gram(a, b, list(dims), None))
+        return tuple(raw(_ops.kron_gram, a, b, list(dims), None))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -178,11 +201,11 @@ class RotatedLinearFunction(torch.autograd.Function):
         rotations = list(factors)
         if on_tokens:
             flat = x.reshape(-1, x.shape[-1])
-            t = _ops.kron_rotate(flat, rotations, not transpose, scale, None)
+            t = raw(_ops.kron_rotate, flat, rotations, not transpose, scale, None)
             y = torch.nn.functional.linear(t.view(x.shape), matrix.to(x.dtype), bias)
             rotated = None
         else:
-            rotated = _ops.kron_rotate(matrix, rotations, transpose, None, None).to(x.dtype)
+            rotated = raw(_ops.kron_rotate, matrix, rotations, transpose, None, None).to(x.dtype)
             if subtract is not None:
                 # Folding s and N into the basis keeps the difference exact: zero is zero.
                 folded = rotated if scale is None else rotated * scale.to(x.dtype)
@@ -215,12 +238,12 @@ class RotatedLinearFunction(torch.autograd.Function):
         if needs_x or needs_scale or any(needs_factors):
             if rotated is None:
                 h = flat_grad @ matrix.to(grad.dtype)
-                h = _ops.kron_rotate(h, factors, ctx.transpose, None, None)
+                h = raw(_ops.kron_rotate, h, factors, ctx.transpose, None, None)
             else:
                 h = flat_grad @ rotated
             if needs_scale or any(needs_factors):
                 dims = [factor.shape[0] for factor in factors]
-                *grams, column_sums = _ops.kron_gram(h, flat_x, dims, scale)
+                *grams, column_sums = raw(_ops.kron_gram, h, flat_x, dims, scale)
                 if needs_scale:
                     grad_scale = column_sums.to(scale.dtype)
                 for i, factor in enumerate(factors):
@@ -233,3 +256,43 @@ class RotatedLinearFunction(torch.autograd.Function):
                     grad_x = grad_x - flat_grad @ subtract.to(grad.dtype)
                 grad_x = grad_x.view(x.shape)
         return grad_x, grad_scale, None, None, grad_bias, None, None, *factor_grads
+
+
+class RotatedWeightFunction(torch.autograd.Function):
+    """The dense ``W = (M R * s - N) B``: M [out, k], N [out, k] or None and B [k, in] frozen, s [k].
+
+    With ``H = dW B^T``: ``ds = sum M R * H`` over the rows and ``R_i^T dR_i = gram_i(M R, H * s)``. Saves
+    ``M R``, nothing of the size of W.
+    """
+
+    @staticmethod
+    def forward(
+        scale: Tensor, matrix: Tensor, subtract: Tensor | None, right: Tensor, *factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rotated = raw(_ops.kron_rotate, matrix, list(factors), False, None, None)
+        folded = rotated * scale
+        return (folded if subtract is None else folded - subtract) @ right, rotated
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        scale, _, _, right, *factors = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(scale, right, output[1], *factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        scale, right, rotated, *factors = ctx.saved_tensors
+        needs_scale, _, _, _, *needs_factors = ctx.needs_input_grad
+        dims = [factor.shape[0] for factor in factors]
+        *grams, column_sums = raw(_ops.kron_gram, rotated, grad @ right.mT, dims, scale)
+        return (
+            column_sums.to(scale.dtype) if needs_scale else None,
+            None,
+            None,
+            None,
+            *(
+                factor @ gram.to(factor.dtype) if needed else None
+                for factor, gram, needed in zip(factors, grams, needs_factors, strict=True)
+            ),
+        )

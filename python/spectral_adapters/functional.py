@@ -28,6 +28,7 @@ from spectral_adapters.autograd import (
     KronGramFunction,
     KronRotateFunction,
     RotatedLinearFunction,
+    RotatedWeightFunction,
     apply,
 )
 from spectral_adapters.planner import PLANS, choose_plan
@@ -105,6 +106,12 @@ def _cayley_list(packed: list[Tensor], sizes: list[int]) -> tuple[Tensor, ...]:
         check_tensor(f"packed[{i}]", batch, ndim=2)
         check_last_dimension(f"packed[{i}]", batch, packed_length(n), f"n(n-1)/2 for n = {n}")
         batches.append(_at_least_fp32(batch).contiguous())
+    return apply(CayleyFunction, tuple(sizes), *batches)
+
+
+def cayley_factors(packed: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """:func:`cayley` of single rotations, a layer's factors: [n_i(n_i-1)/2] each -> [n_i, n_i] each."""
+    batches = [_at_least_fp32(parameter).contiguous() for parameter in packed]
     return apply(CayleyFunction, tuple(sizes), *batches)
 
 
@@ -343,7 +350,7 @@ def soda_weight(
     if rotation == "left":
         assert factors is not None
         if decomposition == "svd":
-            return rotated_linear(right.mT, left, factors, scale=spectrum).mT
+            return _rotated_weight(basis, spectrum, factors, None)
         return rotated_linear((right + _diagonal(spectrum, right)).mT, left, factors).mT
     if decomposition == "svd":
         weight = (left * spectrum) @ right
@@ -374,9 +381,7 @@ def soda_delta_weight(
         assert factors is not None
         if decomposition == "svd":
             assert singular_values is not None
-            return rotated_linear(
-                right.mT, left, factors, scale=spectrum, subtract=left * singular_values
-            ).mT
+            return _rotated_weight(basis, spectrum, factors, left * singular_values)
         turned = rotated_linear(
             (right + _diagonal(spectrum, right)).mT, left, factors, subtract=left
         ).mT
@@ -393,6 +398,14 @@ def soda_delta_weight(
     assert factors is not None
     base = start @ right
     return kron_rotate(base + change, factors, transpose=True, orthogonal=True) - base
+
+
+def _rotated_weight(
+    basis: SpectralBasis, spectrum: Tensor, factors: Sequence[Tensor], subtract: Tensor | None
+) -> Tensor:
+    """``(U R diag(s) - N) V^T`` [out, in] for a frozen N [out, k] or None."""
+    weight, _ = apply(RotatedWeightFunction, spectrum, basis.left, subtract, basis.right, *factors)
+    return weight
 
 
 def _diagonal(values: Tensor, like: Tensor) -> Tensor:

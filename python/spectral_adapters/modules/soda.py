@@ -16,7 +16,7 @@ from spectral_adapters.functional import (
     DECOMPOSITIONS,
     ROTATIONS,
     SpectralBasis,
-    cayley,
+    cayley_factors,
     product_dtypes,
     soda_delta_weight,
     soda_linear,
@@ -106,8 +106,7 @@ class SODAModule(SpectralModule):
         """Orthogonal factors of the rotation, [n_i, n_i] each; empty without a rotation."""
         if self.parametrization == "stiefel":
             return tuple(self.rotation)
-        packed = [parameter.unsqueeze(0) for parameter in self.rotation]
-        return tuple(batch[0] for batch in cayley(packed, self.factor_sizes))
+        return cayley_factors(list(self.rotation), self.factor_sizes)
 
     def get_delta_weight(self) -> Tensor:
         """``W' - W0`` in the base weight's shape; exactly zero for an untrained layer."""

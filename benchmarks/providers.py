@@ -1,0 +1,478 @@
+"""What is timed, as data: problems, the providers that solve them, and the float64 oracles.
+
+A provider is a function from a problem to a :class:`Candidate`: a step to time, and what the step
+must return according to a float64 oracle. A step is one forward and backward through autograd
+(unless it says otherwise) and returns all that it computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, reduce
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from spectral_adapters import SODALinear
+from spectral_adapters.factors import balanced_factors
+from spectral_adapters.functional import cayley
+from spectral_adapters.planner import choose_plan
+from spectral_kernels import backend_report
+
+Tensors = Sequence[Tensor]
+Step = Callable[[], Tensors]
+
+LORA_RANK, LORA_ALPHA = 8, 16
+OFT_BLOCK = 32
+
+
+def _itself(outputs: Tensors) -> Tensors:
+    return outputs
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One provider on one problem.
+
+    Attributes:
+        step: what is timed; returns the value and every gradient.
+        oracle: the same tensors in float64.
+        comparable: brings the step's tensors into the oracle's form, outside the timing.
+    """
+
+    step: Step
+    oracle: Step
+    comparable: Callable[[Tensors], Tensors] = _itself
+
+
+class Unavailable(Exception):
+    """A provider whose library is not installed here."""
+
+
+def _step(value: Tensor, leaves: Tensors, grad: Tensor) -> Tensors:
+    return [value.detach(), *torch.autograd.grad(value, leaves, grad)]
+
+
+def _leaves(tensors: Tensors, dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+
+
+def _unpack(packed: Tensor, n: int) -> Tensor:
+    """[..., n(n-1)/2] to strictly upper triangular [..., n, n]."""
+    rows, columns = torch.triu_indices(n, n, 1)
+    square = packed.new_zeros(*packed.shape[:-1], n, n)
+    square[..., rows, columns] = packed
+    return square
+
+
+def _pack(square: Tensor) -> Tensor:
+    """The strict upper triangle of [..., n, n], row by row."""
+    n = square.shape[-1]
+    rows, columns = torch.triu_indices(n, n, 1)
+    return square[..., rows, columns]
+
+
+def _exact_cayley(upper: Tensor) -> Tensor:
+    """(I + Q)(I - Q)^-1 with Q = (P - P^T)/2 for strictly upper triangular P [..., n, n]."""
+    skew = (upper - upper.mT) / 2
+    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve(identity - skew, identity + skew)
+
+
+@dataclass(frozen=True)
+class SODACase:
+    """A square SODALinear [n, n] and a batch of M tokens, fp32."""
+
+    n: int
+    tokens: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"n{self.n}-M{self.tokens}-{self.device}"
+
+    def build(self) -> SODAProblem:
+        return SODAProblem(self)
+
+    def note(self) -> str:
+        """The plan that "auto" takes here."""
+        sizes = balanced_factors(self.n)
+        choice = choose_plan(
+            self.tokens, self.n, self.n, sizes, decomposition="svd", rotation="left"
+        )
+        return choice.name
+
+
+class SODAProblem:
+    """A layer away from the identity, tokens x [M, n] and the gradient of its output [M, n]."""
+
+    def __init__(self, case: SODACase) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(case.n + case.tokens)
+        shape, device = (case.tokens, case.n), case.device
+        self.x = torch.randn(shape, generator=generator).to(device).requires_grad_()
+        self.grad = torch.randn(shape, generator=generator).to(device)
+        self.layer = _soda_layer(case.n, device)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.layer.factor_sizes
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight [n, n]."""
+        return (self.layer.left * self.layer.singular_values) @ self.layer.right
+
+    def squares(self) -> list[Tensor]:
+        """The trained rotation as strictly upper triangular [n_i, n_i] leaves."""
+        return [
+            _unpack(packed.detach(), n).requires_grad_()
+            for packed, n in zip(self.layer.rotation, self.sizes, strict=True)
+        ]
+
+    @cached_property
+    def expected(self) -> Tensors:
+        """y, dx, d delta and the packed dP_i from ``W' = (U R) diag(s) V^T`` built in float64."""
+        left, spectrum, right = [t.detach().double() for t in self.layer.basis]
+        x, delta = _leaves([self.x, self.layer.delta], torch.float64)
+        packed = _leaves(self.layer.rotation, torch.float64)
+        rotations = [_exact_cayley(_unpack(p, n)) for p, n in zip(packed, self.sizes, strict=True)]
+        weight = left @ reduce(torch.kron, rotations) @ torch.diag(spectrum + delta) @ right
+        return _step(x @ weight.mT, [x, delta, *packed], self.grad.double())
+
+
+@lru_cache(maxsize=1)
+def _soda_layer(n: int, device: str) -> SODALinear:
+    """The layer of all batch sizes: its decomposition takes longer than its timing."""
+    torch.manual_seed(n)
+    layer = SODALinear.from_linear(nn.Linear(n, n, bias=False)).to(device)
+    assert layer.factor_sizes == balanced_factors(n)
+    with torch.no_grad():
+        layer.delta.normal_(0, 0.1)
+        for packed in layer.rotation:
+            packed.normal_(0, 0.2)
+    return layer
+
+
+def ours(plan: str) -> Callable[[SODAProblem], Candidate]:
+    """This project's layer with a plan."""
+
+    def provider(problem: SODAProblem) -> Candidate:
+        layer = problem.layer
+        trained = [problem.x, layer.delta, *layer.rotation]
+
+        def step() -> Tensors:
+            layer.plan = plan
+            return _step(layer(problem.x), trained, problem.grad)
+
+        return Candidate(step, lambda: problem.expected)
+
+    return provider
+
+
+def _rotations_by_solve(squares: Tensors) -> list[Tensor]:
+    rotations = []
+    for square in squares:
+        upper = square.triu(1) * 0.5
+        skew = upper - upper.mT
+        identity = torch.eye(len(square), dtype=square.dtype, device=square.device)
+        rotations.append(torch.linalg.solve(identity - skew, identity + skew))
+    return rotations
+
+
+def _rotate_rows(rows: Tensor, rotations: Tensors) -> Tensor:
+    """rows [m, k] times the Kronecker product, axis by axis; the fastest plain way we know."""
+    m, after = len(rows), rows.shape[1]
+    y = rows
+    for matrix in rotations:
+        n = len(matrix)
+        after //= n
+        if after == 1:
+            y = y.reshape(-1, n) @ matrix
+        else:
+            y = y.reshape(-1, n, after)
+            y = torch.bmm(matrix.mT.expand(len(y), n, n), y)
+    return y.reshape(m, -1)
+
+
+SODAForward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensors], Tensor]
+
+
+def naive_forward(
+    x: Tensor, left: Tensor, spectrum: Tensor, right: Tensor, delta: Tensor, squares: Tensors
+) -> Tensor:
+    """What the published method does at every step: everything dense, all through autograd."""
+    rotation = reduce(torch.kron, _rotations_by_solve(squares))
+    return linear(x, left @ rotation @ torch.diag(spectrum + delta) @ right)
+
+
+def plain_tokens(
+    x: Tensor, left: Tensor, spectrum: Tensor, right: Tensor, delta: Tensor, squares: Tensors
+) -> Tensor:
+    """Four products over the tokens, which are rotated themselves."""
+    t = linear(x, right) * (spectrum + delta)
+    back = [rotation.mT for rotation in _rotations_by_solve(squares)]
+    return linear(_rotate_rows(t, back), left)
+
+
+def plain_factored(
+    x: Tensor, left: Tensor, spectrum: Tensor, right: Tensor, delta: Tensor, squares: Tensors
+) -> Tensor:
+    """The basis is rotated, not the tokens."""
+    rotated = _rotate_rows(left, _rotations_by_solve(squares))
+    return linear(linear(x, right) * (spectrum + delta), rotated)
+
+
+def plain_merged(
+    x: Tensor, left: Tensor, spectrum: Tensor, right: Tensor, delta: Tensor, squares: Tensors
+) -> Tensor:
+    """W' from the rotated basis, then an ordinary linear layer."""
+    rotated = _rotate_rows(left, _rotations_by_solve(squares))
+    return linear(x, (rotated * (spectrum + delta)) @ right)
+
+
+PLAIN: dict[str, SODAForward] = {
+    "plain tokens": plain_tokens,
+    "plain factored": plain_factored,
+    "plain merged": plain_merged,
+}
+
+
+def through_autograd(forward: SODAForward) -> Callable[[SODAProblem], Candidate]:
+    """A plain PyTorch forward, differentiated by autograd."""
+
+    def provider(problem: SODAProblem) -> Candidate:
+        layer, squares = problem.layer, problem.squares()
+        left, spectrum, right = [t.detach() for t in layer.basis]
+        delta = layer.delta.detach().clone().requires_grad_()
+
+        def step() -> Tensors:
+            y = forward(problem.x, left, spectrum, right, delta, squares)
+            return _step(y, [problem.x, delta, *squares], problem.grad)
+
+        def comparable(outputs: Tensors) -> Tensors:
+            y, dx, d_delta, *d_squares = outputs
+            return [y, dx, d_delta, *map(_pack, d_squares)]
+
+        return Candidate(step, lambda: problem.expected, comparable)
+
+    return provider
+
+
+def compiled_plain(problem: SODAProblem) -> Candidate:
+    """The plain version that is fastest on this problem, under ``torch.compile``."""
+
+    def seconds(forward: SODAForward) -> float:
+        step = through_autograd(forward)(problem).step
+        step()
+        start = time.perf_counter()
+        for _ in range(3):
+            step()[0].sum().item()  # waits for an accelerator
+        return time.perf_counter() - start
+
+    fastest = min(PLAIN.values(), key=seconds)
+    # Else the seventh shape would reach Dynamo's limit and run uncompiled.
+    torch._dynamo.reset()
+    return through_autograd(torch.compile(fastest, fullgraph=True, dynamic=False))(problem)
+
+
+def lora(problem: SODAProblem) -> Candidate:
+    """PEFT's LoRA of rank 8 on the same weight."""
+    layer = _peft_layer(problem, "LoraConfig", r=LORA_RANK, lora_alpha=LORA_ALPHA)
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    nn.init.normal_(up, 0, 0.02)
+    trained = [problem.x, down, up]
+
+    def oracle() -> Tensors:
+        x, a, b, weight = _leaves([*trained, problem.weight], torch.float64)
+        y = x @ weight.mT + LORA_ALPHA / LORA_RANK * (x @ a.mT) @ b.mT
+        return _step(y, [x, a, b], problem.grad.double())
+
+    return Candidate(lambda: _step(layer(problem.x), trained, problem.grad), oracle)
+
+
+def oft(problem: SODAProblem) -> Candidate:
+    """PEFT's OFT with its defaults: blocks of 32 and a truncated Cayley series."""
+    layer = _peft_layer(problem, "OFTConfig", oft_block_size=OFT_BLOCK)
+    packed = layer.oft_R["default"].weight
+    nn.init.normal_(packed, 0, 1e-3)  # near zero, where the truncated series is as good as exact
+    trained = [problem.x, packed]
+
+    def oracle() -> Tensors:
+        x, p, weight = _leaves([*trained, problem.weight], torch.float64)
+        blocks = [_exact_cayley(2 * _unpack(block, OFT_BLOCK)) for block in p]
+        return _step(x @ torch.block_diag(*blocks) @ weight.mT, [x, p], problem.grad.double())
+
+    return Candidate(lambda: _step(layer(problem.x), trained, problem.grad), oracle)
+
+
+def _peft_layer(problem: SODAProblem, config: str, **options: object) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise Unavailable("peft is not installed") from error
+    model = nn.Sequential(nn.Linear(problem.case.n, problem.case.n, bias=False))
+    model.to(problem.x.device)
+    with torch.no_grad():
+        model[0].weight.copy_(problem.weight)
+    peft.inject_adapter_in_model(getattr(peft, config)(target_modules=["0"], **options), model)
+    return model[0]
+
+
+def gemms_factored(problem: SODAProblem) -> Candidate:
+    """The four products over the tokens that the factored plan cannot do without."""
+    layer = problem.layer
+
+    def products(x: Tensor, left: Tensor, right: Tensor, grad: Tensor) -> Tensors:
+        z, h = x @ right.mT, grad @ left
+        return [z, h, z @ left.mT, h @ right]
+
+    return _products(products, [problem.x, layer.left, layer.right, problem.grad])
+
+
+def gemms_merged(problem: SODAProblem) -> Candidate:
+    """The three products over the tokens and the two of the weight that the merged plan needs."""
+    layer = problem.layer
+
+    def products(x: Tensor, left: Tensor, right: Tensor, grad: Tensor) -> Tensors:
+        weight, grad_weight = left @ right, grad.mT @ x
+        return [weight, grad_weight, x @ weight.mT, grad @ weight, grad_weight @ right.mT]
+
+    return _products(products, [problem.x, layer.left, layer.right, problem.grad])
+
+
+def gemms_frozen(problem: SODAProblem) -> Candidate:
+    """A frozen linear layer: what any adapter pays, whatever it trains."""
+    return _products(
+        lambda x, weight, grad: [x @ weight.mT, grad @ weight],
+        [problem.x, problem.weight, problem.grad],
+    )
+
+
+def _products(products: Callable[..., Tensors], inputs: Tensors) -> Candidate:
+    frozen = [tensor.detach() for tensor in inputs]
+    return Candidate(
+        lambda: products(*frozen), lambda: products(*(tensor.double() for tensor in frozen))
+    )
+
+
+SODA_PROVIDERS: dict[str, Callable[[SODAProblem], Candidate]] = {
+    "ours auto": ours("auto"),
+    "ours factored": ours("factored"),
+    "ours merged": ours("merged"),
+    "ours tokens": ours("tokens"),
+    "naive": through_autograd(naive_forward),
+    **{name: through_autograd(forward) for name, forward in PLAIN.items()},
+    "plain compiled": compiled_plain,
+    "PEFT LoRA r=8": lora,
+    "PEFT OFT b=32": oft,
+    "GEMMs factored": gemms_factored,
+    "GEMMs merged": gemms_merged,
+    "frozen linear": gemms_frozen,
+}
+
+
+@dataclass(frozen=True)
+class CayleyCase:
+    """A batch of rotations from packed skew matrices, forward alone or with backward, fp32."""
+
+    count: int
+    n: int
+    backward: bool
+    device: str
+
+    def __str__(self) -> str:
+        what = "step" if self.backward else "forward"
+        return f"{self.count}x{self.n}x{self.n}-{what}-{self.device}"
+
+    def build(self) -> CayleyProblem:
+        return CayleyProblem(self)
+
+    def note(self) -> str:
+        """Where the rotations are computed."""
+        return backend_report()["cayley_fwd"].implementation
+
+
+class CayleyProblem:
+    """Packed parameters [count, n(n-1)/2] and the gradient of the rotations [count, n, n]."""
+
+    def __init__(self, case: CayleyCase) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(case.n)
+        count, n, device = case.count, case.n, case.device
+        packed = torch.randn(count, n * (n - 1) // 2, generator=generator) * 0.2
+        self.packed = packed.to(device).requires_grad_(case.backward)
+        self.grad = torch.randn(count, n, n, generator=generator).to(device)
+
+    @cached_property
+    def expected(self) -> Tensors:
+        """R and, with backward, the packed dP, in float64."""
+        (packed,) = _leaves([self.packed], torch.float64)
+        rotation = _exact_cayley(_unpack(packed, self.case.n))
+        if not self.case.backward:
+            return [rotation.detach()]
+        return _step(rotation, [packed], self.grad.double())
+
+    def finish(self, rotation: Tensor, leaf: Tensor) -> Tensors:
+        return _step(rotation, [leaf], self.grad) if self.case.backward else [rotation]
+
+
+def ours_cayley(problem: CayleyProblem) -> Candidate:
+    """This project's batched Cayley transform."""
+    n = problem.case.n
+    packed = problem.packed
+    return Candidate(lambda: problem.finish(cayley(packed, n), packed), lambda: problem.expected)
+
+
+def cayley_by(
+    transform: Callable[[Tensor, Tensor], Tensor],
+) -> Callable[[CayleyProblem], Candidate]:
+    """A plain transform of Q [count, n, n] and I, through autograd, from the upper triangle."""
+
+    def provider(problem: CayleyProblem) -> Candidate:
+        squares = _unpack(problem.packed.detach(), problem.case.n)
+        squares.requires_grad_(problem.case.backward)
+        identity = torch.eye(problem.case.n, device=squares.device)
+
+        def step() -> Tensors:
+            upper = squares.triu(1) * 0.5
+            return problem.finish(transform(upper - upper.mT, identity), squares)
+
+        def comparable(outputs: Tensors) -> Tensors:
+            rotation, *d_squares = outputs
+            return [rotation, *map(_pack, d_squares)]
+
+        return Candidate(step, lambda: problem.expected, comparable)
+
+    return provider
+
+
+def solve_loop(skew: Tensor, identity: Tensor) -> Tensor:
+    return torch.stack([torch.linalg.solve(identity - q, identity + q) for q in skew])
+
+
+def solve_batched(skew: Tensor, identity: Tensor) -> Tensor:
+    return torch.linalg.solve(identity - skew, identity + skew)
+
+
+def inverse_batched(skew: Tensor, identity: Tensor) -> Tensor:
+    inverse, _ = torch.linalg.inv_ex(identity - skew)
+    return 2 * inverse - identity
+
+
+def cayley_products(problem: CayleyProblem) -> Candidate:
+    """Batched products with the operations of the formulas: one for an inverse, three backward."""
+    count = 4 if problem.case.backward else 1
+    return _products(lambda matrices: [matrices @ matrices for _ in range(count)], [problem.grad])
+
+
+CAYLEY_PROVIDERS: dict[str, Callable[[CayleyProblem], Candidate]] = {
+    "ours": ours_cayley,
+    "solve loop": cayley_by(solve_loop),
+    "solve batched": cayley_by(solve_batched),
+    "inverse batched": cayley_by(inverse_batched),
+    "inverse batched, compiled": cayley_by(torch.compile(inverse_batched, dynamic=False)),
+    "GEMMs": cayley_products,
+}

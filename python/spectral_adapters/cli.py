@@ -1,0 +1,117 @@
+"""The command line, ``spectral-adapters``: one subcommand per job.
+
+Heavy libraries are imported by the subcommand that needs them, so that help and wrong options
+answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spectral_adapters.personalize.settings import (
+    Settings,
+    UsageError,
+    flag,
+    resumed,
+    value_type,
+)
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; return the exit code.
+
+    2 for anything the user can put right (one line on standard error), 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(
+        prog="spectral-adapters", description="Fine-tune pretrained models in the spectral domain."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_personalize(commands)
+    options = vars(parser.parse_args(argv))
+    run, name = options.pop("run"), options.pop("command")
+    try:
+        return run(options)
+    except UsageError as error:
+        print(f"spectral-adapters {name}: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"spectral-adapters {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def add_personalize(commands: Any) -> None:
+    """Add ``personalize``; its options are the fields of :class:`Settings`."""
+    parser = commands.add_parser(
+        "personalize",
+        help="teach a text-to-image pipeline a style or a subject from a few images",
+        description=(
+            "Train an adapter of a text-to-image pipeline on a few captioned images, save it, and "
+            "report what it changed. Ctrl-C saves a usable adapter; --resume continues."
+        ),
+    )
+    groups: dict[str, Any] = {}
+    for option in dataclasses.fields(Settings):
+        group = option.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        # Absent unless given: a resumed run must tell the options of now from defaults.
+        arguments: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS}
+        arguments["help"] = _help(option)
+        kind, several = value_type(option)
+        if kind is bool:
+            arguments["action"] = "store_true"
+        else:
+            arguments["type"] = kind
+            arguments["choices"] = option.metadata["choices"]
+            arguments["metavar"] = option.metadata["metavar"]
+            if arguments["metavar"] is None and arguments["choices"] is None:
+                arguments["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+            if several:
+                arguments["nargs"] = "+"
+        groups[group].add_argument(flag(option.name), **arguments)
+    parser.set_defaults(run=run_personalize, command="personalize")
+
+
+def run_personalize(options: dict[str, Any]) -> int:
+    """Check the options, then train."""
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+    if given.get("resume"):
+        if not given.get("output"):
+            raise UsageError("--resume needs --output, the folder of the run to continue")
+        settings = resumed(given, Path(given["output"]))
+    else:
+        settings = Settings(**given).checked()
+
+    _quieten_libraries()
+    from spectral_adapters.personalize.run import personalize
+
+    return personalize(settings)
+
+
+def _quieten_libraries() -> None:
+    """Leave the terminal to our own progress and errors."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _help(option: dataclasses.Field[Any]) -> str:
+    text = option.metadata["help"].replace("%", "%%")
+    default = option.default
+    if default is None or default is False or "default" in text:
+        return text
+    shown = " ".join(default) if isinstance(default, tuple) else default
+    return f"{text} (default: {shown})"

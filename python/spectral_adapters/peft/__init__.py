@@ -1,0 +1,13 @@
+"""PEFT methods of this project. Importing this module makes PEFT know them.
+
+    from spectral_adapters.peft import SODAConfig
+    model = peft.get_peft_model(model, SODAConfig(target_modules=["q_proj", "v_proj"]))
+
+The import is needed before loading an adapter as well.
+"""
+
+from spectral_adapters.peft._folder import load_adapter, save_adapter
+from spectral_adapters.peft._model import refresh_factors
+from spectral_adapters.peft.soda import SODAConfig
+
+__all__ = ["SODAConfig", "load_adapter", "refresh_factors", "save_adapter"]

@@ -1,0 +1,171 @@
+"""Frozen factorisations of base weights inside PEFT layers.
+
+They are neither parameters nor buffers: DDP does not broadcast them at every step, FSDP does not
+shard them, ``low_cpu_mem_usage`` does not put them on the meta device, and checkpoints do not hold
+them unless asked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_adapters.decomposition import Fingerprint, decompose, round_to_dtype
+from spectral_adapters.functional import SpectralBasis
+
+
+def is_at_least(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every number of type ``other`` is one of type ``dtype``."""
+    return torch.promote_types(dtype, other) == dtype
+
+
+def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` of ``nn.Module._apply`` without its casts to a lower precision."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if not tensor.is_floating_point() or is_at_least(moved.dtype, tensor.dtype):
+            return moved
+        return tensor.to(moved.device)
+
+    return apply
+
+
+class FrozenFactors(nn.Module):
+    """The factorisation of one base weight, shared by the adapters that were made on it.
+
+    Attributes:
+        decomposition, rotation: which factorisation, as for ``decomposition.decompose``.
+        base_dtype: precision that the base weight is rounded to before it is decomposed.
+        in_checkpoint: whether ``state_dict`` holds the factors.
+        basis: the factorisation, or None before it was computed or loaded.
+        fingerprint: of the weight that was decomposed here; None for factors from a checkpoint.
+        is_exact: the basis multiplies up to the base weight itself, not to a rounded or other one.
+        is_stale: the base weight was replaced since the factors were computed.
+    """
+
+    def __init__(
+        self,
+        decomposition: str,
+        rotation: str | None,
+        base_dtype: torch.dtype,
+        *,
+        in_checkpoint: bool,
+    ) -> None:
+        super().__init__()
+        self.decomposition = decomposition
+        self.rotation = rotation
+        self.base_dtype = base_dtype
+        self.in_checkpoint = in_checkpoint
+        self.basis: SpectralBasis | None = None
+        self.fingerprint: Fingerprint | None = None
+        self.is_exact = False
+        self.is_stale = False
+
+    @property
+    def kind(self) -> tuple[str, torch.dtype]:
+        """What two adapters must have in common to share factors."""
+        if self.decomposition == "svd":
+            return "svd", self.base_dtype
+        return ("lq" if self.rotation == "right" else "qr"), self.base_dtype
+
+    @property
+    def are_loaded(self) -> bool:
+        """Whether the factors came from a checkpoint instead of from the base weight here."""
+        return self.basis is not None and self.fingerprint is None
+
+    @torch.no_grad()
+    def compute(self, weight: Tensor) -> Fingerprint:
+        """Decompose the base weight [out, in] unless that is done; its fingerprint."""
+        if self.fingerprint is not None and not self.is_stale:
+            return self.fingerprint
+        with torch.inference_mode(False):
+            rounded = round_to_dtype(weight, self.base_dtype)
+            self.basis = decompose(rounded, self.decomposition, self.rotation)
+            self.fingerprint = Fingerprint.of(rounded, self.basis)
+        self.is_exact = torch.equal(rounded.to(weight.dtype), weight)
+        self.is_stale = False
+        return self.fingerprint
+
+    @torch.no_grad()
+    def compare(self, weight: Tensor, recorded: Fingerprint | None) -> None:
+        """Find out whether factors from a checkpoint are those of the base weight [out, in]."""
+        here = Fingerprint.of(weight, self.on(weight.device))
+        self.is_exact = recorded is not None and recorded.mismatch(here) is None
+        self.is_stale = False
+
+    def on(self, device: torch.device) -> SpectralBasis:
+        """The factorisation on ``device``; it stays there."""
+        assert self.basis is not None
+        if self.basis.left.device != device:
+            self.basis = _map(lambda factor: factor.to(device), self.basis)
+        return self.basis
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFactors:
+        """Follow the device and casts to a higher precision.
+
+        ``fn`` is tried on an empty tensor: the values survive whatever it does, such as
+        ``to_empty``.
+        """
+        if self.basis is not None:
+            left = self.basis.left
+            probe = keep_precision(fn)(left.new_empty(0))
+            if not probe.is_meta and (probe.device, probe.dtype) != (left.device, left.dtype):
+                self.basis = _map(lambda factor: factor.to(probe.device, probe.dtype), self.basis)
+        return self
+
+    def _state(self) -> dict[str, Tensor]:
+        if self.basis is not None:
+            named = zip(SpectralBasis._fields, self.basis, strict=True)
+            return {name: factor for name, factor in named if factor is not None}
+        # Whoever asks for the names before there are values, as loading does, gets the names.
+        names = [name for name in SpectralBasis._fields if name != "singular_values"]
+        if self.decomposition == "svd":
+            names.append("singular_values")
+        return {name: torch.empty(0, device="meta") for name in names}
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.in_checkpoint:
+            for name, factor in self._state().items():
+                destination[prefix + name] = factor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if not self.in_checkpoint:
+            return
+        names = list(self._state())
+        missing = [prefix + name for name in names if prefix + name not in state_dict]
+        if missing:
+            missing_keys.extend(missing)
+            return
+        loaded = SpectralBasis(
+            state_dict[f"{prefix}left"],
+            state_dict.get(f"{prefix}singular_values"),
+            state_dict[f"{prefix}right"],
+        )
+        self.basis = _map(lambda factor: factor.detach().clone(), loaded)
+        self.fingerprint = None
+        self.is_exact = self.is_stale = False
+
+
+@torch.no_grad()
+def _map(fn: Callable[[Tensor], Tensor], basis: SpectralBasis) -> SpectralBasis:
+    # Tensors made in inference mode could never be used for training later.
+    with torch.inference_mode(False):
+        left, singular_values, right = basis
+        return SpectralBasis(
+            fn(left), None if singular_values is None else fn(singular_values), fn(right)
+        )

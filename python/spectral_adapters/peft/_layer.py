@@ -1,0 +1,574 @@
+"""PEFT layers of spectral methods: everything but the method.
+
+A method is a subclass of :class:`SpectralLayer` that owns its trained parameters and its change of
+the weight; :class:`SpectralLinear` and :class:`SpectralConv2d` say how a weight is used. A concrete
+layer inherits from one of each, in the order ``class Linear(SpectralLinear, MethodLayer)``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from spectral_adapters.decomposition import Fingerprint
+from spectral_adapters.functional import SpectralBasis, product_dtypes, without_autocast
+from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
+from spectral_adapters.peft._factors import FrozenFactors, is_at_least, keep_precision
+
+_FINGERPRINT_SIZE = 161
+
+
+class SpectralLayer(nn.Module, BaseTunerLayer):
+    """What the layers of all spectral methods share.
+
+    Adapter state hangs directly on the layer, in containers keyed by adapter name: the trained
+    parameters (``adapter_layer_names``), ``<prefix>fingerprint`` (what an adapter remembers of its
+    base, uint8 [161]) and ``<prefix>factors`` (:class:`FrozenFactors`, one object for all adapters
+    that agree on it).
+
+    A method sets ``prefix`` and ``adapter_layer_names`` and defines ``_new_containers``,
+    ``_add_parameters``, ``_factorisation``, ``_changes_nothing`` and ``_delta_matrix``;
+    ``_replace_base`` is its fast path, if it has one. A kind of base layer sets ``_ORDINARY`` and
+    defines ``_features``, ``_as_matrix``, ``_as_weight`` and ``_product``.
+
+    Args:
+        base_layer: the layer to adapt; it keeps its weight.
+        name: its name in the model, for error messages.
+        adapter_name: name of the first adapter.
+        config: config of the first adapter.
+    """
+
+    #: Prefix of the method's attributes: its name in lower case and an underscore.
+    prefix: ClassVar[str]
+
+    #: Exactly these types of base layers compute what their weight and bias say.
+    _ORDINARY: ClassVar[tuple[type[nn.Module], ...]]
+
+    def __init__(
+        self, base_layer: nn.Module, name: str, adapter_name: str, config: SpectralConfig
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.in_features, self.out_features = self._features()
+        self.configs: dict[str, SpectralConfig] = {}
+        self.scaling: dict[str, float] = {}
+        self.r: dict[str, int] = {}
+        containers = {
+            **self._new_containers(),
+            f"{self.prefix}fingerprint": BufferDict(persistent=True),
+            f"{self.prefix}factors": nn.ModuleDict(),
+        }
+        for container, empty in containers.items():
+            setattr(self, container, empty)
+        others = [
+            container for container in containers if container not in self.adapter_layer_names
+        ]
+        self.other_param_names = (*others, "configs", "scaling", "r")
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: Tensor | None = None
+        self._unverified: set[str] = set()
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def _new_containers(self) -> dict[str, Any]:
+        """Empty containers for all that the method keeps per adapter, by attribute name."""
+        raise NotImplementedError
+
+    def _add_parameters(self, adapter: str, config: Any) -> None:
+        """Fill the containers with the parameters of a new adapter."""
+        raise NotImplementedError
+
+    def _factorisation(self, config: Any) -> tuple[str, str | None]:
+        """The frozen factorisation that an adapter needs: (decomposition, rotation)."""
+        raise NotImplementedError
+
+    def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
+        """Whether an adapter with these parameters is the identity on every base weight."""
+        raise NotImplementedError
+
+    def _delta_matrix(self, adapter: str, device: torch.device) -> Tensor:
+        """``W' - W0`` [out, in] at scale 1."""
+        raise NotImplementedError
+
+    def _replace_base(self, x: Tensor, adapter: str) -> Tensor | None:
+        """What the adapted layer gives for x at scale 1, from the factors; None if it cannot.
+
+        Called only where the factors are those of the base weight as it is.
+        """
+        return None
+
+    def _features(self) -> tuple[int, int]:
+        """(in_features, out_features), or channels."""
+        raise NotImplementedError
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        """A weight in the base layer's layout as [out, in]."""
+        raise NotImplementedError
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        """[out, in] in the layout of the base layer's weight."""
+        raise NotImplementedError
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the base layer does, with another weight in its layout."""
+        raise NotImplementedError
+
+    @property
+    def _fingerprints(self) -> MutableMapping[str, Tensor]:
+        return getattr(self, f"{self.prefix}fingerprint")
+
+    @property
+    def _factors(self) -> MutableMapping[str, FrozenFactors]:
+        return getattr(self, f"{self.prefix}factors")
+
+    @property
+    def _base_weight(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.get_base_layer().weight)
+
+    def update_layer(self, adapter_name: str, config: SpectralConfig) -> None:
+        """Add an adapter.
+
+        Raises:
+            ValueError: adapters are merged, or the config does not fit this layer.
+        """
+        if self.merged:
+            raise ValueError(
+                f"{self.name}: an adapter cannot be added while {self.merged_adapters} are merged; "
+                "unmerge them first"
+            )
+        matrix = self._base_matrix()
+        self._add_parameters(adapter_name, config)
+        self.configs[adapter_name] = config
+        self.scaling[adapter_name] = 1.0
+        self.r[adapter_name] = min(matrix.shape)
+        self._fingerprints[adapter_name] = torch.zeros(
+            _FINGERPRINT_SIZE, dtype=torch.uint8, device=self._new_device()
+        )
+        base_dtype = matrix.dtype
+        if config.base_dtype is not None:
+            chosen = BASE_DTYPES[config.base_dtype]
+            base_dtype = chosen if is_at_least(base_dtype, chosen) else base_dtype
+        self._assign_factors(adapter_name, base_dtype)
+        # An adapter that is about to be loaded with its factors does not need them computed.
+        awaits_factors = config.save_factors and config.inference_mode
+        if not matrix.is_meta and not awaits_factors:
+            self._prepare(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; its factors go with the last adapter that used them."""
+        self._unverified.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _new_device(self) -> torch.device:
+        """Where new tensors go: beside the base weight, or on the CPU while that has no data."""
+        device = self._base_weight.device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def _new_options(self) -> dict[str, Any]:
+        """Device and dtype of new trained parameters: fp32, or fp64 on an fp64 base."""
+        double = self._base_weight.dtype == torch.float64
+        return {"dtype": torch.float64 if double else torch.float32, "device": self._new_device()}
+
+    def _base_matrix(self) -> Tensor:
+        """The base weight [out, in] without any adapter."""
+        if self._unmerged_weight is not None:
+            return self._as_matrix(self._unmerged_weight)
+        return self._as_matrix(self._base_weight.detach())
+
+    def _assign_factors(self, adapter: str, base_dtype: torch.dtype) -> FrozenFactors:
+        """Give an adapter factors of the base weight in ``base_dtype``, shared where possible."""
+        config = self.configs[adapter]
+        decomposition, rotation = self._factorisation(config)
+        frozen = FrozenFactors(
+            decomposition, rotation, base_dtype, in_checkpoint=config.save_factors
+        )
+        if not config.save_factors:
+            for other in self._factors.values():
+                if not other.in_checkpoint and other.kind == frozen.kind:
+                    frozen = other
+        self._factors[adapter] = frozen
+        return frozen
+
+    def _basis(self, adapter: str, device: torch.device) -> SpectralBasis:
+        """The frozen factorisation of an adapter, computed and verified at first use."""
+        frozen = self._factors[adapter]
+        if frozen.basis is None or frozen.is_stale or adapter in self._unverified:
+            self._prepare(adapter)
+            frozen = self._factors[adapter]
+        return frozen.on(device)
+
+    def _prepare(self, adapter: str) -> None:
+        """Compute the factors and compare them with what the adapter remembers.
+
+        An adapter that was not trained yet takes the base weight as it finds it; a trained one must
+        find the base that it was trained on.
+
+        Raises:
+            ValueError: the base weight is not there, or not the one the adapter was trained on.
+        """
+        weight = self._base_matrix()
+        if weight.is_meta:
+            raise ValueError(
+                f"{self.name}: the base weight is on the meta device and cannot be decomposed; "
+                "load the base weights first"
+            )
+        packed = self._fingerprints[adapter]
+        recorded = Fingerprint.from_tensor(packed) if bool(packed.any()) else None
+        frozen = self._factors[adapter]
+        if frozen.are_loaded:
+            frozen.compare(weight, recorded)
+        else:
+            reason = None if recorded is None else self._refusal(adapter, recorded)
+            if reason is not None:
+                if not self._changes_nothing(self._trained(adapter)):
+                    raise ValueError(self._refused(adapter, reason))
+                self._assign_factors(adapter, weight.dtype)
+            if recorded is None or reason is not None:
+                here = self._factors[adapter].compute(weight)
+                self._fingerprints[adapter] = here.to_tensor().to(weight.device)
+        self._unverified.discard(adapter)
+
+    def _refusal(self, adapter: str, recorded: Fingerprint) -> str | None:
+        """Why an adapter with this fingerprint must not be used here; None if it may."""
+        weight = self._base_matrix()
+        frozen = self._factors[adapter]
+        if recorded.base_dtype != frozen.base_dtype:
+            if not is_at_least(weight.dtype, recorded.base_dtype):
+                here, there = dtype_name(weight.dtype), dtype_name(recorded.base_dtype)
+                return (
+                    f"it was trained on a {there} base and this base is {here}: load the base in "
+                    f"{there}, or save the adapter with save_factors=True"
+                )
+            frozen = self._assign_factors(adapter, recorded.base_dtype)
+        return recorded.mismatch(frozen.compute(weight))
+
+    def _refused(self, adapter: str, reason: str) -> str:
+        return f"{self.name}: the adapter {adapter!r} is refused, {reason}"
+
+    def refresh_factors(self) -> None:
+        """Decompose the base weight anew, after it was changed by hand.
+
+        Raises:
+            ValueError: adapters are merged, or a trained adapter belongs to another base weight.
+        """
+        if self.merged:
+            raise ValueError(
+                f"{self.name}: factors cannot be refreshed while {self.merged_adapters} are "
+                "merged; unmerge them first"
+            )
+        self._mark_stale()
+        for adapter in self.configs:
+            self._prepare(adapter)
+
+    def _mark_stale(self) -> None:
+        for frozen in self._factors.values():
+            frozen.is_stale = True
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse adapters of another base weight; notice when the base weight is replaced."""
+        incoming = state_dict.get(f"{prefix}base_layer.weight")
+        if incoming is not None and not self._holds(incoming):
+            self._mark_stale()
+        for adapter in self.configs:
+            if f"{prefix}{self.prefix}fingerprint.{adapter}" in state_dict:
+                self._admit(adapter, state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _admit(
+        self, adapter: str, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
+    ) -> None:
+        """Decide whether an adapter in a state dict may be loaded, and take it out if not."""
+        frozen = self._factors[adapter]
+        brings_factors = f"{prefix}{self.prefix}factors.{adapter}.left" in state_dict
+        if (
+            self._base_matrix().is_meta
+            or frozen.is_stale
+            or (brings_factors and frozen.in_checkpoint)
+        ):
+            # The base weight comes later, or the factors do: decided at first use.
+            self._unverified.add(adapter)
+            return
+        fingerprint = f"{prefix}{self.prefix}fingerprint.{adapter}"
+        packed = state_dict[fingerprint]
+        if not frozen.are_loaded:
+            reason = self._refusal(adapter, Fingerprint.from_tensor(packed))
+        elif torch.equal(packed.cpu(), self._fingerprints[adapter].cpu()):
+            reason = None
+        else:
+            reason = "the adapter here came with its factors and the one to load has none"
+        if reason is None:
+            return
+        names = [f"{prefix}{name}.{adapter}" for name in self.adapter_layer_names]
+        keys = [k for k in state_dict for n in names if k == n or k.startswith(f"{n}.")]
+        if self._changes_nothing([state_dict[key] for key in keys]):
+            # Nothing was trained on the other base, so the adapter may belong to this one.
+            here = self._factors[adapter].compute(self._base_matrix())
+            state_dict[fingerprint] = here.to_tensor()
+            return
+        error_msgs.append(self._refused(adapter, reason))
+        for key in (fingerprint, *keys):
+            del state_dict[key]
+
+    def _holds(self, incoming: Tensor) -> bool:
+        """Whether a base weight from a checkpoint is the one that is already here."""
+        weight = cast(Tensor, self.base_layer.weight)
+        if weight.is_meta or incoming.is_meta or weight.shape != incoming.shape:
+            return False
+        return torch.equal(incoming.to(weight.device, weight.dtype), weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralLayer:
+        """The base layer is cast as asked; what is trained or frozen here keeps its precision."""
+        if recurse:
+            for child in self.children():
+                child._apply(fn if child is self.base_layer else keep_precision(fn))
+        return self
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move one adapter beside the base weight; unlike PEFT's own, without a cast."""
+        target = self._new_device() if device is None else torch.device(device)
+        for parameter in self._trained(adapter_name):
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(target)
+        if adapter_name in self._fingerprints:
+            self._fingerprints[adapter_name] = self._fingerprints[adapter_name].to(target)
+
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Cast the trained parameters of one adapter."""
+        for parameter in self._trained(adapter_name):
+            parameter.data = parameter.data.to(dtype)
+
+    def _trained(self, adapter: str) -> list[nn.Parameter]:
+        """The trained parameters of one adapter."""
+        parameters: list[nn.Parameter] = []
+        for name in self.adapter_layer_names:
+            container = getattr(self, name)
+            if adapter in container:
+                entry = container[adapter]
+                parameters += [entry] if isinstance(entry, nn.Parameter) else entry.parameters()
+        return parameters
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """``W' = W0 + scale * dW`` for this adapter; unknown ones are ignored, as in PEFT."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters, or reset it to 1 if ``scale`` is None."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = 1.0 if scale is None else self.scaling[adapter] / scale
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``scale * (W' - W0)`` in the base weight's layout; exactly zero if untrained."""
+        device = self._base_weight.device
+        with without_autocast(device):
+            return self.scaling[adapter] * self._as_weight(self._delta_matrix(adapter, device))
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' changes to the base weight, and keep the weight as it was.
+
+        Args:
+            safe_merge: raise instead of merging NaN or infinity.
+            adapter_names: the adapters to merge, by default the active ones.
+
+        Raises:
+            ValueError: with ``safe_merge``, the merged weight would not be finite.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.configs]
+        if not names:
+            return
+        weight = self._base_weight
+        merged: Tensor = weight
+        for name in names:
+            # In the wider dtype of the two: a half-precision weight is rounded once.
+            merged = merged + self.get_delta_weight(name)
+            if safe_merge and not bool(torch.isfinite(merged.to(weight.dtype)).all()):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
+        if self._unmerged_weight is None:
+            self._unmerged_weight = weight.detach().clone()
+        weight.data.copy_(merged)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before merging, to the last bit."""
+        if self._unmerged_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._base_weight.data.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The adapted layer; ``adapter_names`` gives every row of x an adapter of its own."""
+        if adapter_names is not None:
+            return self._mixed_forward(x, adapter_names, args, kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted_forward(x, self.active_adapters, args, kwargs)
+
+    def _adapted_forward(
+        self, x: Tensor, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        active = [name for name in adapters if name in self.configs]
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        if args or kwargs or not self._base_is_ordinary():
+            y = self.base_layer(x, *args, **kwargs)
+            return y + self._use(x, self._total_delta(active), None).to(y.dtype)
+        if len(active) == 1 and self.scaling[active[0]] == 1 and self._is_exact(active[0], x):
+            replaced = self._replace_base(x, active[0])
+            if replaced is not None:
+                return replaced
+        base: Any = self.base_layer
+        return self._use(x, base.weight + self._total_delta(active), base.bias)
+
+    def _mixed_forward(
+        self,
+        x: Tensor,
+        adapter_names: Sequence[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names must hold one name for each of the {len(x)} inputs; "
+                f"got {len(adapter_names)}"
+            )
+        if self.merged:
+            raise ValueError(
+                f"adapter_names cannot be used while {self.merged_adapters} are merged; "
+                "unmerge them first"
+            )
+        parts = []
+        for name in dict.fromkeys(adapter_names):
+            rows = [i for i, other in enumerate(adapter_names) if other == name]
+            index = torch.tensor(rows, device=x.device)
+            parts.append((index, self._adapted_forward(x[index], [name], args, kwargs)))
+        first = parts[0][1]
+        result = first.new_empty(len(x), *first.shape[1:])
+        for index, part in parts:
+            result[index] = part
+        return result
+
+    def _is_exact(self, adapter: str, x: Tensor) -> bool:
+        self._basis(adapter, x.device)
+        return self._factors[adapter].is_exact
+
+    def _base_is_ordinary(self) -> bool:
+        """Whether the base layer may be replaced: nothing hooks into it or overrides it."""
+        base = self.base_layer
+        return type(base) in self._ORDINARY and not (
+            "forward" in base.__dict__
+            or base._forward_pre_hooks
+            or base._forward_hooks
+            or base._backward_pre_hooks
+            or base._backward_hooks
+        )
+
+    def _total_delta(self, adapters: Sequence[str]) -> Tensor:
+        total = self.get_delta_weight(adapters[0])
+        for name in adapters[1:]:
+            total = total + self.get_delta_weight(name)
+        return total
+
+    def _use(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The base layer's product with another weight, in the dtype of x or of autocast."""
+        result, work = product_dtypes(x, SpectralBasis(weight, None, weight))
+        with without_autocast(x.device):
+            y = self._product(x.to(work), weight.to(work), None if bias is None else bias.to(work))
+        return y.to(result)
+
+    def __repr__(self) -> str:
+        return self.prefix.removesuffix("_") + "." + super().__repr__()
+
+
+class SpectralLinear(SpectralLayer):
+    """For ``nn.Linear`` and the ``Conv1D`` of transformers, whose weight is [in, out]."""
+
+    _ORDINARY = (nn.Linear, Conv1D)
+
+    def _features(self) -> tuple[int, int]:
+        out_features, in_features = self._as_matrix(self._base_weight).shape
+        return in_features, out_features
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT if isinstance(self.get_base_layer(), Conv1D) else weight
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return self._as_matrix(matrix)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, self._as_matrix(weight), bias)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may approximate the adapter by a LoRA: it adds to the weight, so yes."""
+        return True
+
+
+class SpectralConv2d(SpectralLayer):
+    """For ``nn.Conv2d``: one convolution with ``W0 + dW``.
+
+    The weight [out, in/groups, kh, kw] is adapted in its flattened form [out, in/groups * kh * kw].
+    """
+
+    _ORDINARY = (nn.Conv2d,)
+
+    def _features(self) -> tuple[int, int]:
+        base = cast(nn.Conv2d, self.get_base_layer())
+        return base.in_channels, base.out_channels
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self._base_weight.shape)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(nn.Conv2d, self.get_base_layer())._conv_forward(x, weight, bias)

@@ -1,0 +1,211 @@
+"""The PEFT model of spectral methods: which modules get which layer, and mixed batches."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
+from spectral_adapters.peft._layer import SpectralLayer
+
+
+class SpectralModel(BaseTuner):
+    """Base of the models of spectral methods.
+
+    A method sets ``prefix``, ``tuner_layer_cls`` and the layers that it has: ``linear_cls`` for
+    ``nn.Linear`` and ``Conv1D``, ``conv2d_cls`` for ``nn.Conv2d``.
+    """
+
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    linear_cls: ClassVar[type[SpectralLayer] | None] = None
+    conv2d_cls: ClassVar[type[SpectralLayer] | None] = None
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for layer in spectral_layers(self.model):
+            if layer.merged:
+                raise ValueError(
+                    f"an adapter cannot be added while {layer.merged_adapters} are merged; "
+                    "unmerge them first"
+                )
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter to the matching modules and record the precision of their weights."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        dtypes = {layer._base_weight.dtype for layer in adapted_layers(model, adapter_name)}
+        # Where layers differ, each knows its own precision from the fingerprint.
+        if config.base_dtype is None and len(dtypes) == 1:
+            config.base_dtype = dtype_name(dtypes.pop())
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, SpectralLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer_cls = self._layer_class(peft_config, target, parent, current_key)
+        layer = layer_cls(target, current_key, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            # An additional adapter is not trained before it is activated.
+            layer.requires_grad_(False)
+        # Not PEFT's _replace_module: the layer is on its device, and must not follow a meta base.
+        setattr(parent, target_name, layer)
+
+    def _layer_class(
+        self, config: SpectralConfig, target: nn.Module, parent: nn.Module, name: str
+    ) -> type[SpectralLayer]:
+        """The layer for a module; ``ValueError`` if there is none."""
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kinds: dict[str, tuple[type[nn.Module], type[SpectralLayer] | None]] = {
+            "torch.nn.Linear": (nn.Linear, self.linear_cls),
+            "transformers.pytorch_utils.Conv1D": (Conv1D, self.linear_cls),
+            "torch.nn.Conv2d": (nn.Conv2d, self.conv2d_cls),
+        }
+        found = [cls for kind, cls in kinds.values() if cls is not None and isinstance(base, kind)]
+        subject = f"{config.method} cannot adapt {name!r}, a {type(base).__name__}"
+        if not found:
+            supported = ", ".join(kind for kind, (_, cls) in kinds.items() if cls is not None)
+            raise ValueError(
+                f"{subject}: it supports {supported}; change target_modules or exclude_modules"
+            )
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{subject}: torch.nn.MultiheadAttention uses its weight without calling it; "
+                "change target_modules or exclude_modules"
+            )
+        weight = base._parameters.get("weight")
+        if (
+            type(weight) is not nn.Parameter
+            or weight.dtype not in BASE_DTYPES.values()
+            or weight.numel() == 0
+        ):
+            kind = "none" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
+            raise ValueError(
+                f"{subject}: its weight must be a plain, non-empty parameter of dtype "
+                f"{', '.join(BASE_DTYPES)}, and is {kind}; quantised, sharded and parametrized "
+                "weights are not supported"
+            )
+        if config.fan_in_fan_out and isinstance(base, nn.Linear):
+            warnings.warn(
+                f"fan_in_fan_out is True but {name!r} is a torch.nn.Linear, whose weight is "
+                "[out, in]; it is treated as such",
+                stacklevel=2,
+            )
+        return found[0]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Parameters are fp32 or better from the start; False asks for the base's precision."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in spectral_layers(self.model):
+                layer.cast_adapter(adapter_name, layer._base_weight.dtype)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """PEFT's own, after a check that every adapted layer says which base it belongs to."""
+        mark = f".{cls.prefix}"
+        for name in sorted({key.rpartition(mark)[0] for key in state_dict if mark in key}):
+            if f"{name}{mark}fingerprint" not in state_dict:
+                raise ValueError(
+                    f"{name}: the checkpoint has no {cls.prefix}fingerprint, so nothing says which "
+                    "base weight it belongs to; save adapters with save_pretrained or "
+                    "get_peft_model_state_dict"
+                )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def refresh_factors(self) -> None:
+        """The function of the same name, for this model."""
+        refresh_factors(self.model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand ``adapter_names`` of a mixed batch to every layer for the time of one forward."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names must be None in training mode; call eval() first")
+        if (kwargs.get("num_beams") or 1) > 1:
+            raise ValueError("adapter_names must be None for beam search; got num_beams > 1")
+        known = {name for layer in spectral_layers(self.model) for name in layer.configs}
+        unknown = sorted(set(names) - known - {"__base__"})
+        if unknown:
+            raise ValueError(f"adapter_names must name adapters of this model; got {unknown}")
+        handles = [
+            module.register_forward_pre_hook(partial(_add_names, names=names), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, (SpectralLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _add_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def spectral_layers(model: nn.Module) -> list[SpectralLayer]:
+    """All layers of spectral methods in a model."""
+    return [module for module in model.modules() if isinstance(module, SpectralLayer)]
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> list[SpectralLayer]:
+    """The layers of spectral methods that have an adapter of this name."""
+    return [layer for layer in spectral_layers(model) if adapter_name in layer.configs]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module's name matches a pattern, by the rule of PEFT's ``rank_pattern``."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def refresh_factors(model: nn.Module) -> None:
+    """Decompose the base weights of a model anew, after they were changed by hand.
+
+    ``load_state_dict`` is noticed without this. Untrained adapters take the new weights as their
+    base.
+
+    Raises:
+        TypeError: the model has no adapters of this package.
+        ValueError: adapters are merged, or a trained adapter belongs to another base weight.
+    """
+    layers = spectral_layers(model)
+    if not layers:
+        raise TypeError(f"model must have spectral adapters; this {type(model).__name__} has none")
+    for layer in layers:
+        layer.refresh_factors()

@@ -1,0 +1,277 @@
+"""SODA as a PEFT method: trained singular values and a trained Kronecker rotation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_adapters._validation import check_choice
+from spectral_adapters.activations import SPECTRUM_ACTIVATIONS, spectrum_activation
+from spectral_adapters.factors import resolve_factors
+from spectral_adapters.functional import (
+    DECOMPOSITIONS,
+    ROTATIONS,
+    SpectralBasis,
+    cayley_factors,
+    soda_delta_weight,
+    soda_linear,
+)
+from spectral_adapters.modules.soda import PARAMETRIZATIONS
+from spectral_adapters.peft._config import SpectralConfig
+from spectral_adapters.peft._layer import SpectralConv2d, SpectralLayer, SpectralLinear
+from spectral_adapters.peft._model import SpectralModel, adapted_layers, matches
+from spectral_adapters.peft._registration import register
+from spectral_adapters.planner import PLANS
+
+#: Spread of the parameters of an adapter that starts at random (``init_weights=False``).
+_RANDOM_STD = 0.1
+
+Sizes = tuple[int, ...]
+
+
+@dataclass
+class SODAConfig(SpectralConfig):
+    """SODA: ``W' = (U R) diag(s) V^T``, s trained, R a trained orthogonal Kronecker product.
+
+    Args:
+        decomposition: "svd" or "qr".
+        rotation: "left" (of the spectral basis), "right" (of the input coordinates) or None.
+        factors: sizes of the Kronecker factors. None balances them; a tuple is used for every
+            adapted layer and must multiply up there; a dict maps rotated dimensions to sizes, and
+            dimensions that are not in it are balanced
+            (``spectral_adapters.factors.PUBLISHED_FACTORS`` is such a dict).
+        factors_pattern: sizes for single modules, by name or regular expression as in PEFT's
+            ``rank_pattern``; goes before ``factors``.
+        parametrization: "cayley" for any optimizer; "stiefel" for StiefelSGD and StiefelAdam.
+        spectrum_activation: "identity", "relu" or "softplus".
+        plan: "auto", "factored", "merged" or "tokens", for linear layers; equal values at different
+            cost. A convolution is always one convolution with the adapted weight.
+
+    Further arguments: :class:`SpectralConfig`.
+    """
+
+    method: ClassVar[str] = "SODA"
+
+    decomposition: str = field(default="svd")
+    rotation: str | None = field(default="left")
+    factors: Sizes | dict[int, Sizes] | None = field(default=None)
+    factors_pattern: dict[str, Sizes] | None = field(default=None)
+    parametrization: str = field(default="cayley")
+    spectrum_activation: str = field(default="identity")
+    plan: str = field(default="auto")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("decomposition", self.decomposition, DECOMPOSITIONS)
+        check_choice("rotation", self.rotation, ROTATIONS)
+        check_choice("parametrization", self.parametrization, PARAMETRIZATIONS)
+        check_choice("spectrum_activation", self.spectrum_activation, SPECTRUM_ACTIVATIONS)
+        check_choice("plan", self.plan, ("auto", *PLANS))
+        if isinstance(self.factors, Mapping):
+            # Keys come back from JSON as strings.
+            self.factors = {
+                _dimension("factors", key): _sizes(f"factors[{key}]", value)
+                for key, value in self.factors.items()
+            }
+        elif self.factors is not None:
+            self.factors = _sizes("factors", self.factors)
+        if self.factors_pattern is not None:
+            if not isinstance(self.factors_pattern, Mapping):
+                raise TypeError(
+                    "factors_pattern must be a dict from module names to sizes; "
+                    f"got {self.factors_pattern!r}"
+                )
+            self.factors_pattern = {
+                key: _sizes(f"factors_pattern[{key!r}]", value)
+                for key, value in self.factors_pattern.items()
+            }
+        if self.rotation is None and (self.factors or self.factors_pattern):
+            raise ValueError(
+                "factors and factors_pattern must be None when rotation is None; "
+                f"got {self.factors!r} and {self.factors_pattern!r}"
+            )
+
+    def factors_for(self, name: str, dimension: int) -> Sizes | None:
+        """Sizes for the module ``name`` and its rotated dimension; None: to be balanced."""
+        for pattern, sizes in (self.factors_pattern or {}).items():
+            if matches(pattern, name):
+                return sizes
+        if isinstance(self.factors, dict):
+            return self.factors.get(dimension)
+        return self.factors
+
+
+def _dimension(argument: str, key: Any) -> int:
+    try:
+        return int(key)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{argument} must have rotated dimensions (ints) for keys; got {key!r}"
+        ) from None
+
+
+def _sizes(argument: str, value: Any) -> Sizes:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{argument} must be a tuple of ints; got {value!r}")
+    for size in value:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{argument} must hold ints; got {size!r} in {value!r}")
+        if size < 1:
+            raise ValueError(f"{argument} must hold positive ints; got {value!r}")
+    if not value:
+        raise ValueError(f"{argument} must hold at least one size; got {value!r}")
+    return tuple(value)
+
+
+class SODALayer(SpectralLayer):
+    """Trained: ``soda_delta`` [k] and ``soda_rotation``, one parameter per Kronecker factor.
+
+    The rotation's parameters are packed skew matrices [n(n-1)/2] ("cayley") or the orthogonal
+    factors [n, n] themselves ("stiefel"), as in the stand-alone modules. A factor of size 1 has
+    nothing to train and no parameter.
+    """
+
+    prefix = "soda_"
+    adapter_layer_names = ("soda_delta", "soda_rotation")
+
+    configs: dict[str, SODAConfig]  # type: ignore[assignment]
+    soda_delta: nn.ParameterDict
+    soda_rotation: nn.ModuleDict
+    factor_sizes: dict[str, Sizes]
+
+    def _new_containers(self) -> dict[str, Any]:
+        return {
+            "soda_delta": nn.ParameterDict(),
+            "soda_rotation": nn.ModuleDict(),
+            "factor_sizes": {},
+        }
+
+    def _resolve_factors(self, config: SODAConfig) -> Sizes:
+        if config.rotation is None:
+            return ()
+        rows, columns = self._as_matrix(self._base_weight).shape
+        dimension, meaning = (
+            (min(rows, columns), "the rank, min(out, in)")
+            if config.rotation == "left"
+            else (columns, "the flattened input dimension")
+        )
+        chosen = config.factors_for(self.name, dimension)
+        try:
+            return resolve_factors(chosen, dimension, meaning)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.name}: {error}; use factors_pattern, or a dict from dimensions to sizes"
+            ) from None
+
+    def _add_parameters(self, adapter: str, config: SODAConfig) -> None:
+        self.factor_sizes[adapter] = self._resolve_factors(config)
+        sizes = [n for n in self.factor_sizes[adapter] if n > 1]
+        options = self._new_options()
+        delta = torch.zeros(min(self._as_matrix(self._base_weight).shape), **options)
+        packed = [torch.zeros(n * (n - 1) // 2, **options) for n in sizes]
+        if not config.init_weights:
+            for values in (delta, *packed):
+                nn.init.normal_(values, std=_RANDOM_STD)
+        if config.parametrization == "stiefel":
+            packed = list(cayley_factors(packed, sizes))
+        self.soda_delta[adapter] = nn.Parameter(delta)
+        self.soda_rotation[adapter] = nn.ParameterList(nn.Parameter(values) for values in packed)
+
+    def _factorisation(self, config: SODAConfig) -> tuple[str, str | None]:
+        return config.decomposition, config.rotation
+
+    def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
+        starts = [
+            torch.eye(values.shape[0], dtype=values.dtype, device=values.device)
+            if values.dim() == 2
+            else torch.zeros_like(values)
+            for values in trained
+        ]
+        return all(torch.equal(*pair) for pair in zip(trained, starts, strict=True))
+
+    def _terms(
+        self, adapter: str, device: torch.device
+    ) -> tuple[SpectralBasis, Tensor, tuple[Tensor, ...] | None, dict[str, Any]]:
+        """Arguments of ``soda_linear``: basis, spectral term, rotation factors, and the method."""
+        config = self.configs[adapter]
+        basis = self._basis(adapter, device)
+        delta = self.soda_delta[adapter].to(device, basis.left.dtype)
+        term = delta
+        if basis.singular_values is not None:
+            term = spectrum_activation(config.spectrum_activation, basis.singular_values, delta)
+        elif config.spectrum_activation != "identity":
+            diagonal = (basis.left if config.rotation == "right" else basis.right).diagonal()
+            term = spectrum_activation(config.spectrum_activation, diagonal, delta) - diagonal
+        method = {"decomposition": config.decomposition, "rotation": config.rotation}
+        return basis, term, self._rotation_factors(adapter, device), method
+
+    def _rotation_factors(self, adapter: str, device: torch.device) -> tuple[Tensor, ...] | None:
+        """Orthogonal factors [n_i, n_i], in fp32 or better; None without a rotation."""
+        sizes = self.factor_sizes[adapter]
+        if not sizes:
+            return None
+        parameters = cast(nn.ParameterList, self.soda_rotation[adapter])
+        trained = [values.to(device) for values in parameters]
+        if self.configs[adapter].parametrization == "cayley":
+            trained = list(cayley_factors(trained, [n for n in sizes if n > 1]))
+        turned = iter(trained)
+        rotations = [next(turned) if n > 1 else torch.ones(1, 1, device=device) for n in sizes]
+        return tuple(r if r.dtype == torch.float64 else r.float() for r in rotations)
+
+    def _delta_matrix(self, adapter: str, device: torch.device) -> Tensor:
+        basis, term, factors, method = self._terms(adapter, device)
+        return soda_delta_weight(basis, term, factors, **method)
+
+
+class Linear(SpectralLinear, SODALayer):
+    """SODA on ``nn.Linear`` and ``Conv1D``."""
+
+    def _replace_base(self, x: Tensor, adapter: str) -> Tensor | None:
+        basis, term, factors, method = self._terms(adapter, x.device)
+        base: Any = self.base_layer
+        return soda_linear(
+            x,
+            basis,
+            term,
+            factors,
+            base.bias,
+            plan=self.configs[adapter].plan,
+            base_weight=self._as_matrix(base.weight),
+            **method,
+        )
+
+
+class Conv2d(SpectralConv2d, SODALayer):
+    """SODA on ``nn.Conv2d``, grouped ones included."""
+
+
+class SODAModel(SpectralModel):
+    """The PEFT model of SODA; see :class:`SODAConfig`."""
+
+    prefix = SODALayer.prefix
+    tuner_layer_cls = SODALayer
+    linear_cls = Linear
+    conv2d_cls = Conv2d
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter; warns of entries of ``factors_pattern`` that match no module."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = cast(SODAConfig, self.peft_config[adapter_name])
+        names = [layer.name for layer in adapted_layers(model, adapter_name)]
+        for pattern in config.factors_pattern or ():
+            if not any(matches(pattern, name) for name in names):
+                warnings.warn(
+                    f"factors_pattern has the key {pattern!r}, which matches no adapted module",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+
+register("soda", SODAConfig, SODAModel)

@@ -1,0 +1,1 @@
+"""Personalisation of text-to-image pipelines: data, pipelines and image similarity."""

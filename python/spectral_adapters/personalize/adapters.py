@@ -1,0 +1,110 @@
+"""Which adapter a run trains: PEFT configs from the options of the command line."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from spectral_adapters.personalize.settings import (
+    METHOD_OPTIONS,
+    TARGET_PRESETS,
+    Settings,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TRANSFORMER = (*ATTENTION, "net.0.proj", "net.2", "proj_in", "proj_out")
+CONVOLUTION = ("conv1", "conv2", "conv_shortcut", "conv")
+PRESETS = {
+    "attention": ATTENTION,
+    "transformer": TRANSFORMER,
+    "convolution": CONVOLUTION,
+    "all": (*TRANSFORMER, *CONVOLUTION, "time_emb_proj"),
+}
+assert tuple(PRESETS) == TARGET_PRESETS
+
+
+def make_config(settings: Settings, unet: nn.Module) -> PeftConfig:
+    """Return the PEFT config of a run on ``unet``, a ``UNet2DConditionModel``.
+
+    Raises:
+        UsageError: an option out of range, or target modules that are not in the denoiser.
+    """
+    targets = target_modules(settings.target_modules, unet)
+    options = {
+        name: getattr(settings, name)
+        for name in METHOD_OPTIONS[settings.method]
+        if getattr(settings, name) is not None
+    }
+    options.pop("spectrum_learning_rate", None)
+    try:
+        if settings.method == "lora":
+            from peft import LoraConfig
+
+            rank = options.get("rank", 4)
+            return LoraConfig(
+                r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets
+            )
+        from spectral_adapters.peft import SODAConfig
+
+        if options.get("rotation") == "none":
+            options["rotation"] = None
+        if "factors" in options:
+            options["factors"] = factor_sizes(options["factors"])
+        return SODAConfig(target_modules=targets, **options)
+    except ValueError as error:
+        raise UsageError(f"--method {settings.method}: {error}") from error
+
+
+def target_modules(names: tuple[str, ...], unet: nn.Module) -> list[str]:
+    """Return the endings of module names that presets and ``names`` stand for and ``unet`` has.
+
+    Raises:
+        UsageError: an ending that matches no linear layer or convolution of the denoiser.
+    """
+    adaptable = [
+        path for path, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+
+    def matched(ending: str) -> bool:
+        return any(path == ending or path.endswith(f".{ending}") for path in adaptable)
+
+    found: list[str] = []
+    for name in names:
+        if name not in PRESETS and not matched(name):
+            raise UsageError(
+                f"--target-modules: {name!r} is none of {', '.join(PRESETS)}, and no linear layer "
+                "or convolution of the denoiser ends in it"
+            )
+        found += [ending for ending in PRESETS.get(name, (name,)) if matched(ending)]
+    if not found:
+        raise UsageError(f"--target-modules {' '.join(names)}: the denoiser has no such modules")
+    return sorted(set(found))
+
+
+def factor_sizes(tokens: tuple[str, ...]) -> dict[int, tuple[int, ...]]:
+    """``("640=8x8x10",)`` -> ``{640: (8, 8, 10)}``."""
+    sizes = {}
+    for token in tokens:
+        if not re.fullmatch(r"\d+=\d+(x\d+)*", token):
+            raise UsageError(f"--factors must be like 640=8x8x10; got {token!r}")
+        dimension, _, product = token.partition("=")
+        sizes[int(dimension)] = tuple(int(size) for size in product.split("x"))
+    return sizes
+
+
+def describe(config: Any) -> str:
+    """Return one line for the report."""
+    if not hasattr(config, "decomposition"):
+        return f"LoRA, rank {config.r}"
+    parts = [config.decomposition, f"rotation {config.rotation or 'none'}"]
+    if config.rotation is not None:
+        parts.append(config.parametrization)
+    if config.spectrum_activation != "identity":
+        parts.append(config.spectrum_activation)
+    return f"SODA ({', '.join(parts)})"

@@ -1,0 +1,356 @@
+"""``spectral-adapters personalize`` from settings to report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectral_adapters.diffusers import ADAPTER_WEIGHTS, load_adapter
+from spectral_adapters.personalize import (
+    adapters,
+    data,
+    emoji,
+    evaluation,
+    pipelines,
+    report,
+    similarity,
+)
+from spectral_adapters.personalize.settings import RECORD, Settings, UsageError
+from spectral_adapters.personalize.trainer import (
+    SUPPORTED,
+    Outcome,
+    Trainer,
+    check_pipeline,
+    encode,
+    make_accelerator,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHEET = "sheet.png"
+SAMPLES = "samples"
+
+#: steps, guidance and batch size: for the shipped base model, and as diffusers has them.
+EMOJI_SAMPLING = (20, 3.0, 50)
+FOLDER_SAMPLING = (50, 7.5, 4)
+
+FINISHED, DIVERGED, INTERRUPTED = 0, 1, 130
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the report compares.
+
+    Attributes:
+        pictures: prompts, and true drawings where ``has_truth``.
+        title: of the comparison in the report.
+        base_prompts: what the base model is asked for in a style of its own, by style.
+    """
+
+    pictures: data.Pictures
+    has_truth: bool
+    title: str | None
+    base_prompts: dict[str, tuple[str, ...]]
+
+
+class Stopwatch:
+    """Seconds since it was made, and seconds by stage."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.stages: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - began
+
+    def total(self) -> float:
+        return time.perf_counter() - self.began
+
+
+def personalize(settings: Settings) -> int:
+    """Train an adapter, save it and report.
+
+    Writes into ``settings.output``: ``unet/`` (the adapter, in PEFT's format), ``run.json`` (the
+    settings), ``state/`` (for resuming), ``samples/``, ``sheet.png``, ``report.json`` and
+    ``report.md``.
+
+    Returns:
+        0; 1 if the loss became infinite or NaN; 130 if SIGINT or SIGTERM ended training.
+
+    Raises:
+        UsageError: with a message of one line, for anything that the user can put right.
+    """
+    settings = settings.checked()
+    watch = Stopwatch()
+    output = Path(str(settings.output))
+    _check_output(settings, output)
+    accelerator = make_accelerator(settings)
+
+    with watch.stage("load"):
+        pipe = load_pipeline(settings)
+        pipe.to(accelerator.device)
+    size = image_size(pipe, settings.resolution)
+    with usage_errors():
+        training = training_pictures(settings, size)
+        held_out = held_out_pictures(settings, training, size)
+        if held_out.has_truth:
+            similarity.load_network()
+
+    with watch.stage("encode"):
+        conditions = encode(pipe, training, flip=settings.flip)
+    with watch.stage("adapter"):
+        add_adapter(pipe, settings, output)
+        trainer = Trainer(pipe, conditions, settings, output, accelerator)
+    if settings.resume:
+        trainer.resume()
+    elif accelerator.is_main_process:
+        _clear(output)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        settings.save(output)
+
+    sampling = sampling_of(settings, size)
+    grid_prompts = settings.sample_prompts or held_out.pictures.captions[: settings.sheet_rows]
+
+    def sample(step: int) -> None:
+        if accelerator.is_main_process:
+            images = evaluation.draw(pipe, grid_prompts, sampling)
+            page = report.sheet(grid_prompts, {f"step {step}": images}, blocks=4)
+            (output / SAMPLES).mkdir(exist_ok=True)
+            report.save_png(page, output / SAMPLES / f"step-{step:06d}.png")
+
+    outcome = trainer.run(sample)
+    if accelerator.is_main_process:
+        if outcome.reason == "finished":
+            try:
+                _report(pipe, settings, training, held_out, outcome, watch, sampling)
+            except KeyboardInterrupt:
+                print(_farewell(dataclasses.replace(outcome, reason="interrupted"), output))
+                return INTERRUPTED
+        else:
+            print(_farewell(outcome, output))
+    return {"finished": FINISHED, "interrupted": INTERRUPTED, "diverged": DIVERGED}[outcome.reason]
+
+
+def load_pipeline(settings: Settings) -> Any:
+    """Return the base pipeline, frozen.
+
+    Raises:
+        UsageError: it cannot be loaded, or not be trained.
+    """
+    import torch
+
+    base = str(settings.base)
+    folder = Path(base)
+    if folder.is_dir():
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise UsageError(f"--base {base} is not a pipeline folder: it has no model_index.json")
+        if '"unet"' not in index.read_text(encoding="utf-8"):
+            raise UsageError(f"--base {base} has no unet: {SUPPORTED}")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        raise UsageError(f"--base {base} does not exist")
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.mixed_precision]
+    with usage_errors(f"--base {base} cannot be loaded: "):
+        pipe: Any = pipelines.load_pipeline(base, torch_dtype=dtype)
+    check_pipeline(pipe)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+    return pipe
+
+
+@contextlib.contextmanager
+def usage_errors(prefix: str = "") -> Iterator[None]:
+    """Turn errors of files, names and missing packages into one line for the user."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(prefix + first[0]) from error
+
+
+def image_size(pipe: Any, resolution: int | None) -> tuple[int, int]:
+    """Return height and width of the images to train on and to draw.
+
+    Raises:
+        UsageError: a resolution that the autoencoder cannot halve often enough.
+    """
+    factor = pipe.vae_scale_factor
+    if resolution is not None:
+        if resolution % factor:
+            raise UsageError(f"--resolution must be a multiple of {factor}; got {resolution}")
+        return resolution, resolution
+    sample = pipe.unet.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return height * factor, width * factor
+
+
+def training_pictures(settings: Settings, size: tuple[int, int]) -> data.Pictures:
+    """Return what is trained on."""
+    if settings.images is not None:
+        return data.load_folder(settings.images, size, caption=settings.caption)
+    return data.openmoji(settings.names, size)
+
+
+def held_out_pictures(
+    settings: Settings, training: data.Pictures, size: tuple[int, int]
+) -> HeldOut:
+    """Return what the report compares; the training images themselves if nothing is held out."""
+    if settings.eval_images is not None:
+        pictures = data.load_folder(settings.eval_images, size)
+        if len(pictures) < 2:
+            raise UsageError(f"--eval-images {settings.eval_images} must hold at least 2 images")
+        return HeldOut(pictures, True, f"{len(pictures)} held-out images", {})
+    if settings.style is None or settings.eval_split == "none":
+        return HeldOut(training, False, None, {})
+    pictures = data.held_out(settings.eval_split, settings.eval_count, size, training)
+    style = settings.base_style
+    prompts = tuple(emoji.caption(name, style) for name in pictures.names)
+    title = f"{len(pictures)} held-out names ({settings.eval_split})"
+    return HeldOut(pictures, True, title, {style: prompts})
+
+
+def add_adapter(pipe: Any, settings: Settings, output: Path) -> None:
+    """Give the denoiser a new adapter, or the saved one to resume."""
+    import torch
+    from accelerate.utils import set_seed
+
+    set_seed(settings.seed)
+    if settings.resume:
+        try:
+            load_adapter(pipe, output, is_trainable=True)
+        except (FileNotFoundError, ValueError, RuntimeError) as error:
+            raise UsageError(f"cannot resume {output}: {error}") from error
+    else:
+        config = adapters.make_config(settings, pipe.unet)
+        try:
+            pipe.unet.add_adapter(config)
+        except ValueError as error:
+            raise UsageError(f"--method {settings.method}: {error}") from error
+    for values in pipe.unet.parameters():
+        if values.requires_grad:
+            # What is trained is fp32 whatever the precision of the base.
+            values.data = values.data.to(torch.float32)
+
+
+def sampling_of(settings: Settings, size: tuple[int, int]) -> evaluation.Sampling:
+    """Return how images are drawn, by the options or by the kind of data."""
+    steps, guidance, batch = EMOJI_SAMPLING if settings.images is None else FOLDER_SAMPLING
+    if settings.sample_steps is not None:
+        steps = settings.sample_steps
+    if settings.guidance_scale is not None:
+        guidance = settings.guidance_scale
+    if settings.sample_batch_size is not None:
+        batch = settings.sample_batch_size
+    return evaluation.Sampling(steps, guidance, batch, size, settings.seed)
+
+
+def _check_output(settings: Settings, output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is not a folder")
+    if (output / RECORD).is_file() and not (settings.resume or settings.overwrite):
+        raise UsageError(
+            f"--output {output} holds a run already: continue it with --resume, replace it with "
+            "--overwrite, or choose another folder"
+        )
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier run wrote, and nothing else."""
+    import shutil
+
+    for name in ("state", "state.old", "state.part", SAMPLES, "unet"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (RECORD, SHEET, "report.json", "report.md"):
+        (output / name).unlink(missing_ok=True)
+
+
+def _farewell(outcome: Outcome, output: Path) -> str:
+    """Say where the adapter is and how to go on."""
+    saved = f"the adapter of step {outcome.step} is in {output}"
+    if outcome.reason == "interrupted":
+        return (
+            f"interrupted; {saved}. Continue with:\n"
+            f"  spectral-adapters personalize --resume --output {output}"
+        )
+    return f"the loss is no longer finite; {saved}. Try a lower --learning-rate."
+
+
+def _report(
+    pipe: Any,
+    settings: Settings,
+    training: data.Pictures,
+    held_out: HeldOut,
+    outcome: Outcome,
+    watch: Stopwatch,
+    sampling: evaluation.Sampling,
+) -> None:
+    """Draw before and after, compare, and write sheet and report."""
+    output = Path(str(settings.output))
+    pictures = held_out.pictures
+    asked = settings.style or "before"
+    before = f"base, “{asked}”" if settings.style else "before"
+    columns: dict[str, Tensor] = {}
+    with evaluation.without_adapter(pipe.unet):
+        for style, prompts in held_out.base_prompts.items():
+            title = f"base, “{style}”"
+            columns[title] = evaluation.draw(pipe, prompts, sampling, label=title)
+        columns[before] = evaluation.draw(pipe, pictures.captions, sampling, label=before)
+    columns["adapted"] = evaluation.draw(pipe, pictures.captions, sampling, label="adapted")
+
+    scores: dict[str, Any] = {}
+    references: dict[str, Any] = {}
+    if held_out.has_truth:
+        scores = evaluation.score_columns(columns, pictures.images)
+        others = pictures.images.roll(1, 0)
+        references = evaluation.score_columns(
+            {
+                "the truth through the autoencoder": evaluation.reconstruct(pipe, pictures.images),
+                "another true drawing": others,
+            },
+            pictures.images,
+        )
+    count = min(settings.sheet_rows, len(pictures))
+    rows = [index * len(pictures) // count for index in range(count)]
+    shown = {title: images[rows] for title, images in columns.items()}
+    shown["truth" if held_out.has_truth else "training image"] = pictures.images[rows]
+    labels = pictures.names if settings.style else pictures.captions
+    page = report.sheet([labels[row] for row in rows], shown)
+    report.save_png(page, output / SHEET)
+
+    config = pipe.unet.peft_config["default"]
+    trained = sum(p.numel() for p in pipe.unet.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in pipe.unet.parameters())
+    found = report.Report(
+        method=f"{adapters.describe(config)} on {' '.join(settings.target_modules)}",
+        trained_parameters=trained,
+        base_parameters=total - trained,
+        adapter_bytes=(output / "unet" / ADAPTER_WEIGHTS).stat().st_size,
+        images=len(training),
+        steps=outcome.step,
+        batch_size=settings.batch_size * settings.gradient_accumulation,
+        loss=outcome.loss,
+        seconds_per_step=outcome.seconds_per_step,
+        setup_seconds=watch.stages,
+        total_seconds=watch.total(),
+        peak_memory_bytes=outcome.peak_memory,
+        held_out=held_out.title,
+        scores=scores,
+        references=references,
+    )
+    found.save(output)
+    print(found.as_markdown())
+    print(f"adapter: {output / 'unet'}   sheet: {output / SHEET}   report: {output / 'report.md'}")

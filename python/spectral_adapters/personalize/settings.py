@@ -1,0 +1,346 @@
+"""Every option of ``spectral-adapters personalize``, once: name, default, meaning.
+
+The command line is generated from :class:`Settings`; so are the record in ``run.json`` and the
+check that a resumed run continues the run that was interrupted. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RECORD = "run.json"
+
+METHODS = ("soda", "lora")
+
+#: Learning rates that the development split chose for the shipped base model.
+LEARNING_RATES = {"soda": 4e-3, "lora": 2e-3}
+
+#: Names that ``target_modules`` understands besides the endings of module names.
+TARGET_PRESETS = ("attention", "transformer", "convolution", "all")
+
+
+class UsageError(ValueError):
+    """The user asked for something that cannot be done; the message is one line that says what."""
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+    trajectory: bool = True,
+) -> Any:
+    """A field of :class:`Settings`; ``trajectory`` says that it decides what is learned."""
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "metavar": metavar,
+        "trajectory": trajectory,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of one run; :meth:`checked` says what is wrong with them.
+
+    Fields whose default is None are chosen by the method, by the data or by the pipeline.
+    """
+
+    base: str | None = _option(
+        None,
+        "pipeline to adapt: a folder, or a hub id",
+        group="what",
+        metavar="FOLDER|ID",
+    )
+    output: str | None = _option(
+        None, "folder for everything written", group="what", metavar="FOLDER", trajectory=False
+    )
+    resume: bool = _option(
+        False,
+        "continue the run in --output; options not given are those it was started with",
+        group="what",
+        trajectory=False,
+    )
+    overwrite: bool = _option(
+        False, "start again even if --output holds a run", group="what", trajectory=False
+    )
+
+    images: str | None = _option(
+        None,
+        "folder of training images, captioned by metadata.jsonl or by NAME.txt beside each image",
+        group="data",
+        metavar="FOLDER",
+    )
+    caption: str | None = _option(
+        None, "one caption for all images of --images", group="data", metavar="TEXT"
+    )
+    style: str | None = _option(
+        None, "built-in data instead of a folder", group="data", choices=("openmoji",)
+    )
+    names: tuple[str, ...] | None = _option(
+        None, "emoji to train on: names, characters or code points (default: five)", group="data"
+    )
+    resolution: int | None = _option(
+        None, "side of the training images in pixels (default: the pipeline's)", group="data"
+    )
+    flip: bool = _option(False, "also train on mirrored images", group="data")
+
+    method: str = _option("soda", "kind of adapter", group="method", choices=METHODS)
+    target_modules: tuple[str, ...] = _option(
+        ("all",),
+        f"modules to adapt: {', '.join(TARGET_PRESETS)}, or endings of module names",
+        group="method",
+        metavar="NAME",
+    )
+    decomposition: str | None = _option(
+        None, "soda: svd (default) or qr", group="method", choices=("svd", "qr")
+    )
+    rotation: str | None = _option(
+        None, "soda: side of the rotation", group="method", choices=("left", "right", "none")
+    )
+    factors: tuple[str, ...] | None = _option(
+        None,
+        "soda: Kronecker factors by rotated dimension, like 640=8x8x10; others are balanced",
+        group="method",
+        metavar="DIM=AxB",
+    )
+    parametrization: str | None = _option(
+        None,
+        "soda: cayley (AdamW, default) or stiefel (StiefelAdam)",
+        group="method",
+        choices=("cayley", "stiefel"),
+    )
+    spectrum_activation: str | None = _option(
+        None,
+        "soda: activation of the spectrum",
+        group="method",
+        choices=("identity", "relu", "softplus"),
+    )
+    rank: int | None = _option(None, "lora: rank (default 4)", group="method")
+
+    steps: int = _option(400, "optimizer steps", group="training")
+    batch_size: int = _option(8, "images per micro-batch and process", group="training")
+    gradient_accumulation: int = _option(1, "micro-batches per step", group="training")
+    learning_rate: float | None = _option(
+        None, "largest learning rate (default: the method's)", group="training"
+    )
+    spectrum_learning_rate: float | None = _option(
+        None, "soda: rate of the spectrum (default: --learning-rate)", group="training"
+    )
+    schedule: str = _option(
+        "cosine", "learning rate after warm-up", group="training", choices=("cosine", "constant")
+    )
+    warmup_steps: int = _option(20, "steps of linear warm-up", group="training")
+    weight_decay: float = _option(0.0, "decoupled weight decay", group="training")
+    max_grad_norm: float = _option(
+        1.0, "gradients are clipped to this norm; 0 for never", group="training"
+    )
+    caption_dropout: float = _option(
+        0.0, "share of training captions replaced by the empty one", group="training"
+    )
+    mixed_precision: str = _option(
+        "no", "precision of base and activations", group="training", choices=("no", "fp16", "bf16")
+    )
+    gradient_checkpointing: bool = _option(
+        False, "recompute activations to save memory", group="training", trajectory=False
+    )
+    cpu: bool = _option(False, "do not use a GPU", group="training")
+    seed: int = _option(0, "seed of everything random", group="training")
+
+    checkpoint_every: int = _option(
+        100, "steps between savings of adapter and state", group="output", trajectory=False
+    )
+    sample_every: int = _option(
+        0, "steps between sample grids; 0 for none", group="output", trajectory=False
+    )
+    sample_prompts: tuple[str, ...] | None = _option(
+        None,
+        "prompts of grids and sheet (default: held-out or training captions)",
+        group="output",
+        metavar="TEXT",
+        trajectory=False,
+    )
+    sample_steps: int | None = _option(
+        None,
+        "denoising steps of a sample (default: 20, or 50 for --images)",
+        group="output",
+        trajectory=False,
+    )
+    guidance_scale: float | None = _option(
+        None,
+        "classifier-free guidance (default: 3, or 7.5 for --images)",
+        group="output",
+        trajectory=False,
+    )
+    sample_batch_size: int | None = _option(
+        None,
+        "images sampled together (default: 50, or 4 for --images)",
+        group="output",
+        trajectory=False,
+    )
+
+    eval_split: str = _option(
+        "test",
+        "held-out names that --style is measured on",
+        group="evaluation",
+        choices=("test", "dev", "none"),
+        trajectory=False,
+    )
+    eval_count: int = _option(
+        100,
+        "number of held-out names, evenly spaced in the split",
+        group="evaluation",
+        trajectory=False,
+    )
+    eval_images: str | None = _option(
+        None,
+        "folder of held-out captioned images that --images is measured on",
+        group="evaluation",
+        metavar="FOLDER",
+        trajectory=False,
+    )
+    base_style: str = _option(
+        "noto",
+        "style of the base model drawn for comparison with --style",
+        group="evaluation",
+        trajectory=False,
+    )
+    sheet_rows: int = _option(8, "names on the sheet", group="evaluation", trajectory=False)
+
+    def checked(self) -> Settings:
+        """Return self if the options fit together.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        if not self.base:
+            raise UsageError("--base is missing: a pipeline folder or a hub id")
+        if not self.output:
+            raise UsageError("--output is missing: a folder for the adapter and the report")
+        if self.resume and self.overwrite:
+            raise UsageError("--resume and --overwrite exclude each other")
+        if (self.images is None) == (self.style is None):
+            raise UsageError("give the training images by one of --images FOLDER and --style NAME")
+        folder_only = ("caption", "eval_images")
+        style_only = ("names",)
+        for name in style_only if self.style is None else folder_only:
+            if getattr(self, name) is not None:
+                needed = "--style" if self.style is None else "--images"
+                raise UsageError(f"{flag(name)} needs {needed}")
+        for method, names in METHOD_OPTIONS.items():
+            for name in names:
+                if method != self.method and getattr(self, name) is not None:
+                    raise UsageError(
+                        f"{flag(name)} is an option of --method {method}, not of {self.method}"
+                    )
+        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every"):
+            self._check_at_least(name, 1)
+        for name in ("rank", "sample_steps", "sample_batch_size", "resolution"):
+            if getattr(self, name) is not None:
+                self._check_at_least(name, 1)
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "sample_every",
+            "seed",
+            "guidance_scale",
+        ):
+            if getattr(self, name) is not None:
+                self._check_at_least(name, 0)
+        for name in ("learning_rate", "spectrum_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < float("inf"):
+                raise UsageError(f"{flag(name)} must be above 0; got {rate}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise UsageError(f"--caption-dropout must be in [0, 1]; got {self.caption_dropout}")
+        self._check_at_least("eval_count", 2)
+        self._check_at_least("sheet_rows", 1)
+        return self
+
+    def _check_at_least(self, name: str, least: float) -> None:
+        value = getattr(self, name)
+        if not least <= value < float("inf"):
+            raise UsageError(f"{flag(name)} must be at least {least}; got {value}")
+
+    def save(self, folder: Path) -> None:
+        """Write :data:`RECORD`."""
+        record = dataclasses.asdict(self)
+        for name in ("resume", "overwrite", "output"):
+            del record[name]
+        part = folder / f"{RECORD}.part"
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        part.replace(folder / RECORD)
+
+
+#: Options that only one method has.
+METHOD_OPTIONS = {
+    "soda": (
+        "decomposition",
+        "rotation",
+        "factors",
+        "parametrization",
+        "spectrum_activation",
+        "spectrum_learning_rate",
+    ),
+    "lora": ("rank",),
+}
+
+
+def flag(name: str) -> str:
+    """``"sample_every"`` -> ``"--sample-every"``."""
+    return "--" + name.replace("_", "-")
+
+
+def value_type(option: dataclasses.Field[Any]) -> tuple[type, bool]:
+    """Return a field's scalar type, and whether it holds several."""
+    hint = typing.get_type_hints(Settings)[option.name]
+    members = [member for member in typing.get_args(hint) if member is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        return members[0], True
+    if members and typing.get_origin(members[0]) is tuple:
+        return typing.get_args(members[0])[0], True
+    return (members[0] if members else hint), False
+
+
+def resumed(given: dict[str, Any], output: Path) -> Settings:
+    """Return the settings of the run in ``output``, updated by the options given now.
+
+    Options that decide what is learned must be those of the run, but for ``steps``, which may grow
+    where the learning rate does not depend on it.
+
+    Raises:
+        UsageError: nothing to resume, or an option that differs.
+    """
+    try:
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"nothing to resume: {output / RECORD} does not exist") from error
+    options = {option.name: option for option in dataclasses.fields(Settings)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record.items()
+        if name in options
+    }
+    for name, value in given.items():
+        if options[name].metadata["trajectory"] and value != values[name]:
+            if name != "steps":
+                raise UsageError(
+                    f"{flag(name)} must stay {values[name]!r} to resume {output}; got {value!r}"
+                )
+            if values["schedule"] != "constant" or value < values["steps"]:
+                raise UsageError(
+                    f"--steps must stay {values[name]} to resume {output} (it may grow under "
+                    f"--schedule constant); got {value}"
+                )
+        values[name] = value
+    return Settings(**values).checked()

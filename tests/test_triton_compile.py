@@ -1,0 +1,145 @@
+"""Every Triton kernel compiles, without a GPU, for three architectures and within a budget.
+
+Also the plans that decide which kernel runs. ``benchmarks/kernel_report.py`` prints the full table.
+"""
+
+import itertools
+import os
+from math import prod
+
+import pytest
+import torch
+
+from spectral_kernels.triton_kernels import LIMITS, supports
+from spectral_kernels.triton_kernels._launch import (
+    MAX_AXIS,
+    MAX_BLOCKS,
+    MAX_INNER,
+    AxisLaunch,
+    TileLaunch,
+    plan_gram,
+    plan_rotate,
+)
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+# op, factor sizes, dtype, transposed, scaled. One or two per row of each launch table; dtypes and
+# options take turns, so that each meets one, two and three axes.
+VARIANTS = [
+    ("kron_rotate", (16,), BF16, False, True),
+    ("kron_rotate", (32,), F16, True, False),
+    ("kron_rotate", (61,), F32, False, True),
+    ("kron_rotate", (128,), BF16, True, True),
+    ("kron_rotate", (8, 8, 10), BF16, False, True),
+    ("kron_rotate", (32, 40), BF16, False, False),
+    ("kron_rotate", (32, 40), F32, True, True),
+    ("kron_rotate", (64, 64), F16, True, True),
+    ("kron_rotate", (128, 128), F32, False, True),
+    ("kron_rotate", (16, 16, 16), F16, False, True),
+    ("kron_rotate", (32, 32, 32), F32, True, True),
+    ("kron_rotate", (8, 256), BF16, True, True),
+    ("kron_gram", (32,), F16, False, True),
+    ("kron_gram", (7, 61), F32, False, True),
+    ("kron_gram", (8, 8, 10), BF16, False, True),
+    ("kron_gram", (32, 40), BF16, False, False),
+    ("kron_gram", (64, 64), BF16, False, True),
+    ("kron_gram", (16, 16, 16), BF16, False, False),
+    ("kron_gram", (96, 100), F16, False, True),
+    ("kron_gram", (100, 7), F32, False, True),
+    ("kron_gram", (20, 20, 20), BF16, False, True),
+]
+
+# No spilled register, at least 8 resident warps per multiprocessor by the register file, and the
+# shared memory that every architecture since sm_80 grants a program.
+REGISTER_FILE = 65536
+MIN_WARPS = 8
+MAX_SHARED = 99 * 1024
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter makes nothing to compile"
+)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("case", VARIANTS, ids=lambda case: "-".join(map(str, case)))
+def test_compiles_within_budget(case, capability):
+    pytest.importorskip("triton")
+    from spectral_kernels.triton_kernels._offline import Variant, compile_variant
+
+    kernels = list(compile_variant(Variant(*case), capability))
+    assert kernels
+    for used in kernels:
+        assert used.stack == 0, used
+        assert used.shared <= MAX_SHARED, used
+        granted = -(-used.registers // 8) * 8 * 32 * used.launch.num_warps
+        assert REGISTER_FILE // granted * used.launch.num_warps >= MIN_WARPS, used
+
+
+def all_dims():
+    """Factor sizes up to k = 16384 and beyond: all kinds of one, two, three and more factors."""
+    sizes = (1, 2, 3, 7, 8, 10, 16, 17, 31, 32, 40, 64, 100, 127, 128, 129, 256, 1021)
+    for f in (1, 2, 3):
+        yield from itertools.product(sizes, repeat=f)
+    yield from itertools.product((1, 2, 5, 16, 37, 200), repeat=4)
+    yield (2,) * 12
+    yield (3, 5, 7, 11, 13, 2)
+
+
+def test_rotate_plans_cover_every_size_within_limits():
+    for dims in all_dims():
+        plan = plan_rotate(dims)
+        assert sum(plan.groups, ()) == dims
+        sizes = [prod(group) for group in plan.groups]
+        first = plan.passes[0]
+        if isinstance(first, TileLaunch):
+            assert len(plan.passes) == 1
+            assert list(first.sizes)[: len(sizes)] == sizes
+            inner = first.padded[1] * first.padded[2]
+            assert inner <= MAX_INNER and max(first.padded[1:]) <= MAX_AXIS
+            assert all(p >= n for p, n in zip(first.padded, first.sizes, strict=True))
+            assert first.block * first.tokens * inner <= 4096
+        else:
+            assert [launch.n for launch in plan.passes] == sizes[::-1]
+            for launch in plan.passes:
+                assert isinstance(launch, AxisLaunch)
+                assert launch.lead * launch.n * launch.inner == prod(dims)
+            assert plan.passes[0].inner == 1 and plan.passes[-1].lead == 1
+
+
+def test_gram_plans_cover_every_size_they_accept():
+    accepted = 0
+    for dims in all_dims():
+        plan = plan_gram(dims)
+        supported, reason = supports("kron_gram", [BF16, F32], dims)
+        assert supported == (plan is not None) and reason
+        if plan is None:
+            continue
+        accepted += 1
+        assert sum(plan.groups, ()) == dims
+        assert plan.blocks <= MAX_BLOCKS and min(p for p in plan.padded if p > 1) % plan.blocks == 0
+        assert plan.blocks * plan.columns >= prod(dims)
+        assert all(n <= p <= MAX_AXIS for n, p in zip(plan.sizes, plan.padded, strict=True))
+    assert accepted > 1000
+
+
+@pytest.mark.parametrize(
+    ("dims", "passes"),
+    [((32, 40), 1), ((8, 8, 10), 1), ((6, 8, 16), 1), ((4, 16, 20), 1), ((4, 8, 64), 1),
+     ((128, 128), 1), ((16, 16, 16), 1), ((8, 256), 2), ((64, 64, 64), 3), ((1021,), 1)],
+)  # fmt: skip
+def test_number_of_rotation_passes(dims, passes):
+    assert len(plan_rotate(dims).passes) == passes
+
+
+def test_supports_says_why_not():
+    assert supports("kron_rotate", [BF16], [32, 40]) == (True, "one pass")
+    assert supports("kron_rotate", [F16], [8, 256])[1].startswith("2 passes")
+    for op in ("kron_rotate", "kron_gram"):
+        supported, reason = supports(op, [torch.float64], [4, 4])
+        assert not supported and "float64" in reason
+        assert not supports(op, [F32], [])[0]
+        assert not supports(op, [F32], [4, 0])[0]
+    supported, reason = supports("kron_gram", [F32, F32], [3, 200])
+    assert not supported and str(MAX_AXIS) in reason and str(MAX_AXIS) in LIMITS
+    assert not supports("kron_gram", [F32, F32], [128, 128, 128])[0]
+    with pytest.raises(ValueError, match="'cayley'"):
+        supports("cayley", [F32], [4])

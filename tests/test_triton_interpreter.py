@@ -1,0 +1,250 @@
+"""The Triton kernels' arithmetic, run on the CPU by Triton's interpreter.
+
+``TRITON_INTERPRET`` is read when a kernel is imported, so these tests need a process of their own:
+``TRITON_INTERPRET=1 pytest -m interpreter tests/test_triton_interpreter.py``. The one test without
+the mark starts that process, so that the ordinary run covers them too.
+"""
+
+import os
+import subprocess
+import sys
+from math import prod
+
+import pytest
+import torch
+from support import assert_near, random_rotation
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreter = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 must be set before the import"),
+]
+
+if INTERPRETED:
+    pytest.importorskip("triton")
+    from spectral_kernels.triton_kernels import _launch, kron_gram, kron_rotate
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+# (rows, factor sizes): every kernel, every row of the launch tables, sizes of 1, primes, powers of
+# two, the published presets, merged factors, rows that no program count divides, and no rows.
+SHAPES = [
+    (3, (1,)),
+    (2, (1, 1)),
+    (131, (13,)),
+    (5, (32,)),
+    (33, (61,)),
+    (3, (7, 11)),
+    (5, (8, 8, 10)),
+    (2, (6, 8, 16)),
+    (3, (4, 16, 20)),
+    (3, (32, 40)),
+    (2, (31, 37)),
+    (3, (27, 27, 2)),
+    (3, (2, 3, 2, 5, 3)),
+    (0, (4, 8)),
+    (0, (32, 40)),
+]
+LARGE_SHAPES = [(2, (64, 64)), (1, (96, 100)), (2, (17, 19, 18)), (1, (4, 32, 29))]
+CHAINED_SHAPES = [(2, (8, 256)), (3, (131,)), (2, (3, 2, 137, 5))]
+
+
+def test_in_a_process_of_its_own(pytestconfig):
+    """Runs this file's interpreted tests; ``-P`` keeps the checkout from shadowing the package."""
+    pytest.importorskip("triton")
+    if INTERPRETED:
+        pytest.skip("this process is the interpreted one")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "interpreter", __file__]
+    done = subprocess.run(
+        command,
+        cwd=pytestconfig.rootpath,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " skipped" not in done.stdout, done.stdout
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Buffers the host functions allocate start as NaN; the references are out of reach."""
+    allocate = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocate(*a, **k).fill_(float("nan")))
+
+    def unreachable(*args):
+        raise AssertionError("the reference was called")
+
+    monkeypatch.setattr(kron_rotate, "kron_rotate_reference", unreachable)
+    monkeypatch.setattr(kron_gram, "kron_gram_reference", unreachable)
+
+
+def rotated(x, factors, transpose, before, after):
+    """float64 oracle: one einsum per axis."""
+    dims = [factor.shape[0] for factor in factors]
+    y = x.double() if before is None else x.double() * before.double()
+    y = y.reshape(-1, *dims)
+    for axis, factor in enumerate(factors, start=1):
+        matrix = factor.double().mT if transpose else factor.double()
+        y = torch.einsum("...p,pq->...q", y.movedim(axis, -1), matrix).movedim(-1, axis)
+    y = y.reshape(x.shape)
+    return y if after is None else y * after.double()
+
+
+def grams(a, b, dims, scale):
+    """float64 oracle: one einsum per axis, then the column sums."""
+    a, b = a.double(), b.double()
+    scaled = (b if scale is None else b * scale.double()).reshape(-1, *dims)
+    unfolded = a.reshape(-1, *dims)
+    pairs = [(unfolded.movedim(i, -1), scaled.movedim(i, -1)) for i in range(1, len(dims) + 1)]
+    sums = [torch.einsum("...p,...q->pq", left, right) for left, right in pairs]
+    return [*sums, (a * b).sum(0)]
+
+
+def rotations(dims):
+    return [random_rotation(n, dtype=torch.float32) for n in dims]
+
+
+def check_rotate(rows, dims, dtype, transpose, scaled):
+    k = prod(dims)
+    x = torch.randn(rows, k).to(dtype)
+    before, after = (torch.randn(k), torch.randn(k)) if scaled else (None, None)
+    factors = rotations(dims)
+    y = kron_rotate.kron_rotate(x, factors, transpose, before, after)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert_near(y, rotated(x, factors, transpose, before, after))
+
+
+def check_gram(rows, dims, dtype, scaled):
+    k = prod(dims)
+    a, b = torch.randn(rows, k).to(dtype), torch.randn(rows, k).to(dtype)
+    scale = torch.randn(k) if scaled else None
+    actual = kron_gram.kron_gram(a, b, list(dims), scale)
+    expected = grams(a, b, dims, scale)
+    assert len(actual) == len(dims) + 1
+    for value, oracle in zip(actual, expected, strict=True):
+        assert value.dtype == torch.float32 and value.is_contiguous()
+        assert_near(value, oracle)
+
+
+class TestKronRotate:
+    pytestmark = interpreter
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(("rows", "dims"), SHAPES)
+    def test_value(self, poison, rows, dims, dtype):
+        scaled = dtype != torch.float16
+        check_rotate(rows, dims, dtype, transpose=dtype == torch.float32, scaled=scaled)
+
+    @pytest.mark.parametrize(("rows", "dims"), LARGE_SHAPES)
+    def test_large_rows(self, poison, rows, dims):
+        assert len(_launch.plan_rotate(dims).passes) == 1
+        check_rotate(rows, dims, torch.float32, transpose=False, scaled=True)
+
+    @pytest.mark.parametrize(("rows", "dims"), CHAINED_SHAPES)
+    def test_one_pass_per_axis(self, poison, rows, dims):
+        for dtype, transpose in ((torch.float32, True), (torch.bfloat16, False)):
+            check_rotate(rows, dims, dtype, transpose, scaled=True)
+
+    @pytest.mark.parametrize("transpose", [False, True])
+    @pytest.mark.parametrize("scales", [(False, True), (True, False), (False, False)])
+    def test_options(self, poison, transpose, scales):
+        dims, x = (6, 20), torch.randn(3, 120)
+        before, after = (torch.randn(120) if scale else None for scale in scales)
+        factors = rotations(dims)
+        y = kron_rotate.kron_rotate(x, factors, transpose, before, after)
+        assert_near(y, rotated(x, factors, transpose, before, after))
+
+    def test_strided_inputs(self, poison):
+        x = torch.randn(240, 5).mT[:, ::2]
+        factors = [factor.contiguous().mT for factor in rotations((8, 15))]
+        scale = torch.randn(240)[::2]
+        assert not x.is_contiguous() and not factors[1].is_contiguous()
+        y = kron_rotate.kron_rotate(x, factors, False, scale, None)
+        assert_near(y, rotated(x, factors, False, scale, None))
+
+    @pytest.mark.parametrize("dims", [(24, 20), (17, 19, 18), (8, 256)])
+    def test_identity_is_exact(self, poison, dims):
+        x = torch.randn(2, prod(dims))
+        y = kron_rotate.kron_rotate(x, [torch.eye(n) for n in dims], False, None, None)
+        assert torch.equal(y, x)
+
+    @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+    def test_huge_and_tiny(self, poison, magnitude):
+        x = torch.randn(3, 120) * magnitude
+        factors = rotations((6, 20))
+        y = kron_rotate.kron_rotate(x, factors, False, None, None)
+        assert_near(y, rotated(x, factors, False, None, None))
+
+    def test_float64_goes_to_the_reference(self, monkeypatch):
+        monkeypatch.setattr(kron_rotate, "kron_rotate_reference", lambda *args: "reference")
+        x = torch.randn(2, 6, dtype=torch.float64)
+        factors = [torch.eye(2, dtype=torch.float64), torch.eye(3, dtype=torch.float64)]
+        assert kron_rotate.kron_rotate(x, factors, False, None, None) == "reference"
+
+    def test_refuses_what_it_would_read_out_of_bounds(self):
+        x, eye = torch.randn(2, 6), torch.eye
+        with pytest.raises(ValueError, match=r"x must have shape \(2, 8\)"):
+            kron_rotate.kron_rotate(x, [eye(2), eye(4)], False, None, None)
+        with pytest.raises(ValueError, match=r"factors\[1\] must have shape \(3, 3\)"):
+            kron_rotate.kron_rotate(x, [eye(2), torch.ones(3, 2)], False, None, None)
+        with pytest.raises(ValueError, match=r"scale_after must have shape \(6,\)"):
+            kron_rotate.kron_rotate(x, [eye(2), eye(3)], False, None, torch.ones(5))
+
+
+class TestKronGram:
+    pytestmark = interpreter
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(("rows", "dims"), SHAPES)
+    def test_value(self, poison, rows, dims, dtype):
+        check_gram(rows, dims, dtype, scaled=dtype != torch.float16)
+
+    @pytest.mark.parametrize(("rows", "dims"), LARGE_SHAPES)
+    def test_large_rows(self, poison, rows, dims):
+        assert _launch.plan_gram(dims).blocks > 1
+        check_gram(rows, dims, torch.float32, scaled=True)
+
+    @pytest.mark.parametrize("rows", [1, 8, 9, 25])
+    def test_rows_over_several_programs(self, poison, rows):
+        check_gram(rows, (32, 40), torch.bfloat16, scaled=True)
+
+    def test_many_programs(self, poison, monkeypatch):
+        monkeypatch.setattr(kron_gram, "MIN_GRAM_TOKENS", 1)
+        monkeypatch.setattr(kron_gram, "MAX_GRAM_PROGRAMS", 5)
+        check_gram(333, (4, 5), torch.float32, scaled=False)
+
+    def test_strided_and_mixed_inputs(self, poison):
+        a = torch.randn(240, 5).mT[:, ::2]
+        b = torch.randn(5, 120).to(torch.bfloat16)
+        actual = kron_gram.kron_gram(a, b, [8, 15], None)
+        for value, oracle in zip(actual, grams(a, b, (8, 15), None), strict=True):
+            assert_near(value, oracle)
+
+    def test_the_same_bits_every_time(self):
+        a, b = torch.randn(50, 120), torch.randn(50, 120)
+        first = kron_gram.kron_gram(a, b, [8, 15], None)
+        again = kron_gram.kron_gram(a, b, [8, 15], None)
+        assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
+
+    def test_outputs_share_no_memory(self):
+        outputs = kron_gram.kron_gram(torch.randn(3, 30), torch.randn(3, 30), [2, 3, 5], None)
+        assert len({value.untyped_storage().data_ptr() for value in outputs}) == 4
+
+    @pytest.mark.parametrize(
+        ("dims", "dtype"), [((2, 3), torch.float64), ((3, 200), torch.float32)]
+    )
+    def test_unsupported_goes_to_the_reference(self, monkeypatch, dims, dtype):
+        monkeypatch.setattr(kron_gram, "kron_gram_reference", lambda *args: "reference")
+        a = torch.randn(2, prod(dims), dtype=dtype)
+        assert kron_gram.kron_gram(a, a, list(dims), None) == "reference"
+
+    def test_refuses_what_it_would_read_out_of_bounds(self):
+        a = torch.randn(2, 6)
+        with pytest.raises(ValueError, match=r"a must have shape \(2, 8\)"):
+            kron_gram.kron_gram(a, a, [2, 4], None)
+        with pytest.raises(ValueError, match=r"b must have shape \(2, 6\)"):
+            kron_gram.kron_gram(a, torch.randn(3, 6), [2, 3], None)
+        with pytest.raises(ValueError, match=r"scale_b must have shape \(6,\)"):
+            kron_gram.kron_gram(a, a, [2, 3], torch.ones(3))

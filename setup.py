@@ -9,7 +9,8 @@
 * ``0``: nothing. ``cpu``, ``cuda``: that, or an error.
 
 The extension must be compiled against the torch that it will run with. An isolated build (plain
-``pip install .``) hides the environment's packages, so its torch is looked up where it is installed.
+``pip install .``) hides the environment's packages, so its torch is looked up where it is
+installed.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def _nvcc_output(option: str) -> str:
 
 
 def _see_installed_torch() -> None:
-    """Make the environment's torch importable from an isolated build, after what the build brings."""
+    """Make the environment's torch importable from an isolated build, after the build's own."""
     if importlib.util.find_spec("torch") is not None:
         return
     for directory in dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib"))):

@@ -6,6 +6,7 @@ retried and nothing falls back in silence.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +44,10 @@ def _load_extension() -> Override:
             {},
         )
     try:
-        from spectral_kernels import _C
+        extension = importlib.import_module("spectral_kernels._C")
     except ImportError as error:
         return Override(False, f"spectral_kernels._C was built but does not load: {error}", {})
-    return Override(True, "spectral_kernels._C is loaded", dict(_C.build_info()))
+    return Override(True, "spectral_kernels._C is loaded", dict(extension.build_info()))
 
 
 def _register_triton() -> Override:

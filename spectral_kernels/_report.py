@@ -15,7 +15,7 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 @dataclass(frozen=True)
 class OpBackend:
-    """What runs for one op on one device type: ``"reference"``, ``"c++"``, ``"cuda"``, ``"triton"``."""
+    """What runs one op on one device type: "reference", "c++", "cuda" or "triton"."""
 
     op: str
     device: str

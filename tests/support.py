@@ -28,7 +28,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_near(actual: Tensor, expected: Tensor, *, factor: float = 1.0) -> None:
-    """Fail unless ``actual`` agrees with the float64 ``expected`` to ``factor`` times its tolerance."""
+    """Fail unless ``actual`` is within ``factor`` times its tolerance of ``expected``."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     error = relative_error(actual, expected)
     limit = factor * TOLERANCE[actual.dtype]
@@ -49,13 +49,10 @@ def dense_kron(factors: Sequence[Tensor]) -> Tensor:
 
 
 def dense_soda_weight(layer: nn.Module) -> Tensor:
-    """A SODA layer's adapted weight from the definition (DESIGN section 2), in float64, differentiable."""
+    """A SODA layer's adapted weight from the definition, in float64, differentiable."""
     left, right = layer.left.double(), layer.right.double()
     spectrum, rank = layer.spectrum().double(), layer.right.shape[0]
-    if layer.rotation_side is None:
-        rotation = None
-    else:
-        rotation = dense_kron(layer.rotation_factors())
+    rotation = None if layer.rotation_side is None else dense_kron(layer.rotation_factors())
     if layer.decomposition == "svd":
         if layer.rotation_side == "left":
             return left @ rotation @ torch.diag(spectrum) @ right

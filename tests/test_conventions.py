@@ -1,11 +1,13 @@
 """The conventions of docs/conventions.md, pinned by numbers worked out by hand."""
 
 import torch
+
 from spectral_adapters.functional import cayley, kron_gram, kron_rotate
 
 
 def test_cayley_sign_and_packing_2x2():
-    # P = [[0, 2t], [0, 0]] gives Q = [[0, t], [-t, 0]] and R = 1/(1+t^2) [[1-t^2, 2t], [-2t, 1-t^2]].
+    # P = [[0, 2t], [0, 0]] gives Q = [[0, t], [-t, 0]] and R = 1/(1+t^2) [[1-t^2, 2t], [-2t,
+    # 1-t^2]].
     t = 0.5
     rotation = cayley(torch.tensor([[2 * t]], dtype=torch.float64), 2)[0]
     expected = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
@@ -24,7 +26,8 @@ def test_cayley_packs_the_upper_triangle_row_by_row():
 
 
 def test_first_factor_is_outermost():
-    # k = 6 as (2, 3): entry i1 * 3 + i2. R1 swaps the two blocks of three, R2 shifts within a block.
+    # k = 6 as (2, 3): entry i1 * 3 + i2. R1 swaps the two blocks of three, R2 shifts within a
+    # block.
     swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     shift = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     row = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from support import assert_near, dense_kron, dense_soda_weight, random_rotation, randomise
+
 from spectral_adapters import SODALinear
 from spectral_adapters.functional import cayley, kron_gram, kron_rotate, soda_linear
-from support import assert_near, dense_kron, dense_soda_weight, random_rotation, randomise
 
 PLANS = ("factored", "merged", "tokens")
 METHODS = list(itertools.product(("svd", "qr"), ("left", "right", None)))
@@ -19,6 +20,21 @@ def _leaf(*shape):
 @pytest.mark.parametrize("n", [1, 2, 3, 6])
 def test_cayley_gradcheck(n):
     assert torch.autograd.gradcheck(lambda p: cayley(p, n), (_leaf(2, n * (n - 1) // 2),))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_torch_func_sees_the_same_gradients(plan):
+    layer = randomise(SODALinear.from_linear(torch.nn.Linear(6, 4).double(), plan=plan))
+    x, trained = _leaf(3, 6), {n: p for n, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(values):
+        return torch.func.functional_call(layer, values, (x.detach(),)).square().sum()
+
+    gradients = torch.func.grad(loss)({name: p.detach() for name, p in trained.items()})
+    for name, expected in zip(
+        trained, torch.autograd.grad(loss(trained), trained.values()), strict=True
+    ):
+        assert_near(gradients[name], expected)
 
 
 def test_cayley_of_a_whole_model_is_one_node():
@@ -181,7 +197,10 @@ def test_huge_and_tiny_values(plan):
         (lambda: cayley(torch.zeros(2, 0), 0), "n must be at least 1"),
         (lambda: cayley([torch.zeros(2, 6)], [4, 4]), "one size for each of the 1 batches"),
         (lambda: kron_rotate(torch.zeros(2, 5), [torch.eye(2), torch.eye(3)]), "last dimension 6"),
-        (lambda: kron_rotate(torch.zeros(2, 6), [torch.zeros(2, 3)]), r"factors\[0\] must be square"),
+        (
+            lambda: kron_rotate(torch.zeros(2, 6), [torch.zeros(2, 3)]),
+            r"factors\[0\] must be square",
+        ),
         (lambda: kron_rotate(torch.zeros(2, 6), []), "at least one square matrix"),
         (lambda: kron_gram(torch.zeros(2, 6), torch.zeros(3, 6), (6,)), "b must have the shape"),
         (lambda: kron_gram(torch.zeros(2, 6), torch.zeros(2, 6), (4,)), "dims must be positive"),

@@ -1,11 +1,12 @@
 """The raw ops: what the dispatcher demands of them, and the values of references and overrides."""
 
 import pytest
-import spectral_kernels
 import torch
+from support import assert_near, dense_kron, random_rotation
+
+import spectral_kernels
 from spectral_kernels.ops import OPS
 from spectral_kernels.ops.cayley import cayley_bwd_reference, cayley_fwd_reference
-from support import assert_near, dense_kron, random_rotation
 
 op = torch.ops.spectral
 
@@ -20,12 +21,20 @@ MIXED = [(4, 3), (5, 2), (3, 0), (1, 2), (17, 1), (2, 5)]
 
 SAMPLES = {
     "cayley_fwd": [(_packed(MIXED), [n for n, _ in MIXED]), ([], [])],
-    "cayley_bwd": [([torch.randn(b, n, n) for n, b in MIXED], [torch.randn(b, n, n) for n, b in MIXED])],
+    "cayley_bwd": [
+        ([torch.randn(b, n, n) for n, b in MIXED], [torch.randn(b, n, n) for n, b in MIXED])
+    ],
     "kron_rotate": [
         (torch.randn(7, 12), [torch.randn(3, 3), torch.randn(4, 4)], True, torch.randn(12), None),
         (torch.randn(0, 12), [torch.randn(12, 12)], False, None, torch.randn(12)),
         (torch.randn(5, 1), [torch.ones(1, 1)], False, None, None),
-        (torch.randn(5, 12, dtype=torch.bfloat16), [torch.eye(2)] * 2 + [torch.eye(3)], False, None, None),
+        (
+            torch.randn(5, 12, dtype=torch.bfloat16),
+            [torch.eye(2)] * 2 + [torch.eye(3)],
+            False,
+            None,
+            None,
+        ),
     ],
     "kron_gram": [
         (torch.randn(7, 12), torch.randn(7, 12), [3, 4], torch.randn(12)),

@@ -518,6 +518,19 @@ def test_untrained_adapters_follow_a_base_that_is_loaded_later():
     assert torch.equal(trained(x), y)
 
 
+def test_a_trained_adapter_does_not_follow_an_untrained_one_to_another_base():
+    model = trained_on(mlp())
+    model.add_adapter("fresh", SODAConfig(target_modules=["0", "2"]))
+    other = get_peft_model(mlp(seed=1), SODAConfig(target_modules=["0", "2"])).state_dict()
+    model.load_state_dict({k: v for k, v in other.items() if "soda_" not in k}, strict=False)
+    x = inputs(mlp())
+    model.set_adapter("fresh")
+    assert relative_error(model(x), mlp(seed=1)(x)) <= 1e-5
+    model.set_adapter("default")
+    with pytest.raises(ValueError, match="0: the adapter 'default' is refused"):
+        model(x)
+
+
 def test_refresh_factors():
     model = get_peft_model(mlp(), SODAConfig(target_modules=["0", "2"], plan="factored"))
     x = inputs(mlp())
@@ -788,6 +801,31 @@ def test_bert_all_linear_with_gradient_checkpointing():
     assert len(grads[0]) > 10
     for plain, checkpointed in zip(*grads, strict=True):
         assert torch.allclose(plain, checkpointed, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("save_factors", [False, True])
+def test_adapters_of_transformers(save_factors, tmp_path):
+    """Its loader assigns parameters and buffers one by one and never calls load_state_dict."""
+    ids = torch.arange(8).view(2, 4)
+    model = bert()
+    options = {"target_modules": ["query", "value"], "save_factors": save_factors}
+    model.add_adapter(config(**options), "mine")
+    y = model(ids).last_hidden_state
+    model.save_pretrained(tmp_path)
+    loaded = bert()
+    loaded.load_adapter(tmp_path, adapter_name="mine")
+    assert torch.equal(loaded(ids).last_hidden_state, y)
+    other = bert()
+    other.encoder.layer[0].attention.self.query.weight.data.mul_(1.5)
+    other.load_adapter(tmp_path, adapter_name="mine")
+    if save_factors:
+        pairs = zip(layers(other), layers(model), strict=True)
+        for here, there in pairs:
+            assert torch.equal(here.get_delta_weight("mine"), there.get_delta_weight("mine"))
+        assert not torch.allclose(other(ids).last_hidden_state, y, atol=1e-6)
+    else:
+        with pytest.raises(ValueError, match=r"query: the adapter 'mine' is refused"):
+            other(ids)
 
 
 def test_diffusers_unet(tmp_path):

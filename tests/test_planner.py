@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from spectral_adapters import SODALinear
-from spectral_adapters import functional
+
+from spectral_adapters import SODALinear, functional
 from spectral_adapters.planner import PLANS, choose_plan, plan_costs
 
 LEFT = {"decomposition": "svd", "rotation": "left"}

@@ -1,4 +1,4 @@
-"""The SODA layers: values, gradients, numerics, persistence, and the errors of a careless caller."""
+"""The SODA layers: values, gradients, numerics, persistence, and errors."""
 
 import copy
 import io
@@ -7,10 +7,11 @@ import pickle
 
 import pytest
 import torch
-from spectral_adapters import SODAConv2d, SODALinear
-from spectral_adapters.factors import PUBLISHED_FACTORS, balanced_factors
 from support import assert_near, dense_soda_weight, randomise, relative_error
 from torch.utils.checkpoint import checkpoint
+
+from spectral_adapters import SODAConv2d, SODALinear
+from spectral_adapters.factors import PUBLISHED_FACTORS, balanced_factors
 
 PLANS = ("factored", "merged", "tokens")
 METHODS = list(itertools.product(("svd", "qr"), ("left", "right", None)))
@@ -98,9 +99,7 @@ def test_convolution_against_the_definition(decomposition, rotation, geometry):
 def test_a_fresh_layer_is_the_base_layer_in_every_dtype(decomposition, rotation, dtype, plan):
     """fp32: 1e-5 relative. Half precision: no worse than the base layer itself, against fp64."""
     base = torch.nn.Linear(96, 64, dtype=dtype)
-    layer = SODALinear.from_linear(
-        base, decomposition=decomposition, rotation=rotation, plan=plan
-    )
+    layer = SODALinear.from_linear(base, decomposition=decomposition, rotation=rotation, plan=plan)
     x = torch.randn(40, 96, dtype=dtype)
     exact = x.double() @ base.weight.double().mT + base.bias.double()
     y = layer(x)
@@ -150,9 +149,7 @@ def test_gradient_checkpointing_changes_nothing():
     x = torch.randn(5, 24, requires_grad=True)
     inputs = [x, layer.delta, *layer.rotation]
     plain = torch.autograd.grad(layer(x).sin().sum(), inputs)
-    again = torch.autograd.grad(
-        checkpoint(layer, x, use_reentrant=False).sin().sum(), inputs
-    )
+    again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sin().sum(), inputs)
     for a, b in zip(plain, again, strict=True):
         assert torch.equal(a, b)
 

@@ -5,6 +5,8 @@ Also the plans that decide which kernel runs. ``benchmarks/kernel_report.py`` pr
 
 import itertools
 import os
+import subprocess
+import sys
 from math import prod
 
 import pytest
@@ -56,9 +58,12 @@ MIN_WARPS = 8
 MAX_SHARED = 99 * 1024
 
 
-@pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter makes nothing to compile"
 )
+
+
+@needs_compiler
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("case", VARIANTS, ids=lambda case: "-".join(map(str, case)))
 def test_compiles_within_budget(case, capability):
@@ -72,6 +77,58 @@ def test_compiles_within_budget(case, capability):
         assert used.shared <= MAX_SHARED, used
         granted = -(-used.registers // 8) * 8 * 32 * used.launch.num_warps
         assert REGISTER_FILE // granted * used.launch.num_warps >= MIN_WARPS, used
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What the host functions launch: compiled for sm_90 on Triton's launch path, and not run."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class AbsentDevice:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    compiled, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled.append((self.__name__, grid, run(self, *args, grid=grid, warmup=True, **options)))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", AbsentDevice())
+    return compiled
+
+
+@needs_compiler
+def test_host_functions_launch_what_compiles(launches):
+    from spectral_kernels.triton_kernels.kron_gram import kron_gram
+    from spectral_kernels.triton_kernels.kron_rotate import kron_rotate
+
+    scale = torch.ones(1280)
+    for rows in (1, 16, 33):
+        x = torch.randn(rows, 1280)
+        misaligned = torch.randn(rows * 1280 + 1)[1:].view(rows, 1280)
+        kron_rotate(x.to(BF16), [torch.eye(32), torch.eye(40)], True, scale, None)
+        kron_rotate(x, [torch.eye(5), torch.eye(256)], False, None, scale)
+        kron_gram(x.to(F16), x, [32, 40], None)
+        kron_gram(misaligned, x, [32, 40], scale)
+    names = [name.removeprefix("_kron_").removesuffix("_kernel") for name, _, _ in launches]
+    assert names == ["rotate_tile", "rotate_axis", "rotate_axis", "gram", "gram"] * 3
+    grids = [grid for _, grid, _ in launches]
+    # One program per row; 6 blocks of 32 of the 165 x 2 of the 256 columns; 33 rows x 2 of the 256
+    # neighbours; 5 shares of 8 rows.
+    assert grids[10:] == [(33,), (12,), (66,), (5,), (5,)]
+    # The number of rows must not be compiled in.
+    kernels = [kernel for _, _, kernel in launches]
+    assert all(kernels[i] is kernels[i + 5] is kernels[i + 10] for i in range(5))
 
 
 def all_dims():
@@ -128,6 +185,25 @@ def test_gram_plans_cover_every_size_they_accept():
 )  # fmt: skip
 def test_number_of_rotation_passes(dims, passes):
     assert len(plan_rotate(dims).passes) == passes
+
+
+def test_registering_overrides_both_ops_and_imports_nothing():
+    """In a process of its own, for the registration lasts; works the same without CUDA."""
+    code = (
+        "import sys, torch\n"
+        "from spectral_kernels.ops import LIBRARY\n"
+        "from spectral_kernels.triton_kernels import register\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "ops = ['spectral::kron_rotate', 'spectral::kron_gram']\n"
+        "if torch.version.cuda is None:\n"
+        "    assert not any(has(op, 'CUDA') for op in ops)\n"
+        "    register(LIBRARY)\n"
+        "assert all(has(op, 'CUDA') for op in ops)\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'spectral_kernels.triton_kernels.kron_rotate' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_supports_says_why_not():

@@ -546,6 +546,8 @@ def run_export(args: argparse.Namespace) -> None:
         values = json.loads(config.read_text(encoding="utf-8"))
         values.pop("_name_or_path", None)
         config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    for weights in args.out.glob("*/*.safetensors"):
+        weights.chmod(0o644)
     total = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"exported after {steps} denoiser steps: {total / 1e6:.2f} MB")
 
@@ -573,7 +575,7 @@ def save_grid(rows: list[Tensor], path: Path) -> None:
 
     grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
     pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(path, optimize=True)
+    Image.fromarray(pixels).quantize(256).save(path, optimize=True)
 
 
 def reconstruction(vae: AutoencoderKL, images: Tensor) -> dict[str, float]:

@@ -19,7 +19,7 @@ def check_choice(argument: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def check_tensor(argument: str, value: Any, *, ndim: int | None = None) -> Tensor:
-    """Raise ``TypeError``/``ValueError`` unless ``value`` is a floating-point tensor of ``ndim`` axes."""
+    """Raise unless ``value`` is a floating-point tensor (of ``ndim`` axes)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a torch.Tensor; got {type(value).__name__}")
     if not value.is_floating_point():
@@ -75,7 +75,7 @@ def check_square_factors(argument: str, factors: Any) -> list[Tensor]:
 
 
 def check_weight(argument: str, weight: Any) -> Tensor:
-    """Return ``weight`` if it is a finite, non-empty floating-point tensor with its data at hand."""
+    """Return ``weight`` if it is a finite, non-empty floating-point tensor with data."""
     check_tensor(argument, weight)
     if weight.is_meta:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Spectrum activations: how the trained offset enters the singular values, ``s = phi(S + delta)``."""
+"""Spectrum activations: how the trained offset enters the spectrum, ``s = phi(S + delta)``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def spectrum_activation(name: str, singular_values: Tensor, delta: Tensor) -> Te
 
     * identity: ``S + delta``.
     * relu: ``max(S + delta, 0)``, as in the published SODA and SVDiff code.
-    * softplus (beta = 5): ``S + softplus(S + delta) - softplus(S)``, which is S exactly at delta = 0, also
-      where S = 0 and the inverse of softplus does not exist. It cannot fall below -ln(2)/beta.
+    * softplus (beta = 5): ``S + softplus(S + delta) - softplus(S)``, which is S exactly at delta =
+      0, also where S = 0 and the inverse of softplus does not exist. It cannot fall below
+      -ln(2)/beta.
     """
     check_choice("spectrum_activation", name, SPECTRUM_ACTIVATIONS)
     if name == "identity":

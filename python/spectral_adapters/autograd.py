@@ -1,7 +1,7 @@
 """Autograd Functions over the raw ops: thin, once differentiable, no shapes checked here.
 
-Gradients are those of DESIGN section 3: no dense rotation, no ``dR`` of the whole Kronecker product and
-no solve is ever built.
+Gradients are those of DESIGN section 3: no dense rotation, no ``dR`` of the whole Kronecker
+product and no solve is ever built.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from spectral_kernels.ops.kron import accumulation_dtype, gram_axis, rotate_axis
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from spectral_kernels.ops.kron import accumulation_dtype, gram_axis, rotate_axis
 
 _ops = torch.ops.spectral
 
@@ -20,22 +21,23 @@ _ops = torch.ops.spectral
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` where a gradient can be asked for, its plain forward otherwise.
 
-    Besides saving the bookkeeping this keeps inference compilable: Dynamo (torch 2.13) inlines a Function
-    that needs no gradient and passes a context that a variadic ``forward`` would take for an argument.
+    Besides saving the bookkeeping this keeps inference compilable: Dynamo (torch 2.13) inlines a
+    Function that needs no gradient and passes a context that a variadic ``forward`` would take for
+    an argument.
     """
     if torch.is_grad_enabled() and any(
-        [arg.requires_grad for arg in args if isinstance(arg, Tensor)]
+        [arg.requires_grad for arg in args if isinstance(arg, Tensor)]  # noqa: C419 (Dynamo)
     ):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return function.apply(*args)
-        # What Function.apply does once it has bound the arguments to the signature of forward, which
-        # takes longer than all the rest and here, where none is missing, changes nothing.
-        return super(torch.autograd.Function, function).apply(*args)
+        # What Function.apply does once it has bound the arguments to the signature of forward,
+        # which takes longer than all the rest and here, where none is missing, changes nothing.
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     return function.forward(*args)
 
 
 def raw(op: Callable[..., Any], *args: Any) -> Any:
-    """Call a raw op from inside a Function, below autograd and so past the op's guard against it."""
+    """Call a raw op from inside a Function, below autograd and so past the op's guard."""
     if torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -84,9 +86,9 @@ def _as_batch(matrix: Tensor) -> Tensor:
 class KronRotateFunction(torch.autograd.Function):
     """``x`` [M, k] times ``R1 (x) ... (x) Rf`` (or its transpose).
 
-    With ``orthogonal`` the caller vouches for orthogonal factors and the backward is one rotation and
-    one Gram pass: ``R_i dR_i^T = gram_i(dx, x)`` (or its mirror image for the transpose). Without it the
-    gradient is exact for any square factors, one axis at a time.
+    With ``orthogonal`` the caller vouches for orthogonal factors and the backward is one rotation
+    and one Gram pass: ``R_i dR_i^T = gram_i(dx, x)`` (or its mirror image for the transpose).
+    Without it the gradient is exact for any square factors, one axis at a time.
     """
 
     @staticmethod
@@ -128,7 +130,7 @@ class KronRotateFunction(torch.autograd.Function):
 def _kron_rotate_backward(
     x: Tensor, grad: Tensor, factors: list[Tensor], transpose: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients for arbitrary square factors: undo the axes of ``grad`` while redoing those of ``x``."""
+    """Gradients for any square factors: undo the axes of ``grad``, redo those of ``x``."""
     dtype = accumulation_dtype(x.dtype)
     dims = [factor.shape[0] for factor in factors]
     matrices = [(f.mT if transpose else f).to(dtype) for f in factors]
@@ -181,10 +183,11 @@ class KronGramFunction(torch.autograd.Function):
 class RotatedLinearFunction(torch.autograd.Function):
     """``y = (x * s) (M Q)^T - x N^T + b`` with a frozen ``M`` and ``Q = R`` or ``R^T`` orthogonal.
 
-    The primitive under every SODA layer: ``x`` [..., k], ``scale`` s [k] or None, ``matrix`` M [rows, k],
-    ``subtract`` N [rows, k] or None (frozen), ``bias`` [rows] or None. ``on_tokens`` rotates ``x`` instead of
-    M, which is the same product. With ``h = dy (M Q)``: ``dx = h * s``, ``ds = sum h * x`` and
-    ``Q_i^T dQ_i = gram_i(h, x * s)``. Saves x, not ``x * s`` and not the rotated x.
+    The primitive under every SODA layer: ``x`` [..., k], ``scale`` s [k] or None, ``matrix`` M
+    [rows, k], ``subtract`` N [rows, k] or None (frozen), ``bias`` [rows] or None. ``on_tokens``
+    rotates ``x`` instead of M, which is the same product. With ``h = dy (M Q)``: ``dx = h * s``,
+    ``ds = sum h * x`` and ``Q_i^T dQ_i = gram_i(h, x * s)``. Saves x, not ``x * s`` and not the
+    rotated x.
     """
 
     @staticmethod
@@ -251,7 +254,8 @@ class RotatedLinearFunction(torch.autograd.Function):
                         gram = grams[i].to(factor.dtype)
                         factor_grads[i] = gram.mT @ factor if ctx.transpose else factor @ gram
             if needs_x:
-                grad_x = h if scale is None else h * scale.to(h.dtype)
+                # h is this backward's own, and no longer needed.
+                grad_x = h if scale is None else h.mul_(scale.to(h.dtype))
                 if subtract is not None:
                     grad_x = grad_x - flat_grad @ subtract.to(grad.dtype)
                 grad_x = grad_x.view(x.shape)
@@ -259,10 +263,11 @@ class RotatedLinearFunction(torch.autograd.Function):
 
 
 class RotatedWeightFunction(torch.autograd.Function):
-    """The dense ``W = (M R * s - N) B``: M [out, k], N [out, k] or None and B [k, in] frozen, s [k].
+    """The dense ``W = (M R * s - N) B``: M [out, k], N [out, k] or None and B [k, in] frozen, s
+    [k].
 
-    With ``H = dW B^T``: ``ds = sum M R * H`` over the rows and ``R_i^T dR_i = gram_i(M R, H * s)``. Saves
-    ``M R``, nothing of the size of W.
+    With ``H = dW B^T``: ``ds = sum M R * H`` over the rows and ``R_i^T dR_i = gram_i(M R, H *
+    s)``. Saves ``M R``, nothing of the size of W.
     """
 
     @staticmethod

@@ -1,12 +1,13 @@
 """Canonical factorisations of frozen weights, and the fingerprint that recognises them again.
 
-Singular vectors are not unique: signs flip between drivers and devices, close singular values mix. An
-adapter that rotates them means something only together with the basis it was trained on, so
+Singular vectors are not unique: signs flip between drivers and devices, close singular values mix.
+An adapter that rotates them means something only together with the basis it was trained on, so
 
 * the decomposition runs in float64 on the exact bits of the weight;
-* signs are canonical: the first entry of largest magnitude of each left vector is positive (SVD), the
-  diagonal of the triangular factor is not negative (QR, LQ);
-* a fingerprint of the weight's bits and of the basis travels with the adapter and is compared on load.
+* signs are canonical: the first entry of largest magnitude of each left vector is positive (SVD),
+  the diagonal of the triangular factor is not negative (QR, LQ);
+* a fingerprint of the weight's bits and of the basis travels with the adapter and is compared on
+  load.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from spectral_adapters.functional import DECOMPOSITIONS, ROTATIONS, SpectralBasi
 #: round-off cannot decide which of them fixes the sign.
 _SIGN_TIE = 1e-4
 
-#: Bases whose sketches differ by less than this (relative) give the same adapted weight to about the
-#: same relative error of the change it makes.
+#: Bases whose sketches differ by less than this (relative) give the same adapted weight to about
+#: the same relative error of the change it makes.
 BASIS_TOLERANCE = 1e-3
 
 _SKETCH_SIZE = 16
@@ -88,8 +89,8 @@ class Fingerprint:
     Attributes:
         weight: SHA-256 of the weight's exact values.
         base_dtype: dtype of the base weight at training time.
-        basis: [2, 16] float32 random projections of the left and right basis. The squared distance of two
-            sketches estimates the squared Frobenius distance of the bases.
+        basis: [2, 16] float32 random projections of the left and right basis. The squared distance
+            of two sketches estimates the squared Frobenius distance of the bases.
     """
 
     weight: str
@@ -136,20 +137,21 @@ class Fingerprint:
                 name = str(self.base_dtype).removeprefix("torch.")
                 return (
                     f"it was trained on a {self.base_dtype} base and this base is "
-                    f"{other.base_dtype}: build the layer with base_dtype=torch.{name}, or save the "
-                    "adapter with save_factors=True"
+                    f"{other.base_dtype}: build the layer with base_dtype=torch.{name}, or save "
+                    "the adapter with save_factors=True"
                 )
             return (
-                "it was trained on another base weight (the SHA-256 of the values differs): load it on "
-                "the base it was trained on, or save the adapter with save_factors=True"
+                "it was trained on another base weight (the SHA-256 of the values differs): load "
+                "it on the base it was trained on, or save the adapter with save_factors=True"
             )
         scale = self.basis.norm(dim=1).clamp_min(1e-30)
         distance = float(((self.basis - other.basis).norm(dim=1) / scale).max())
         if not distance <= BASIS_TOLERANCE:
             return (
                 f"the base weight is the same but its factorisation came out differently here "
-                f"(relative distance {distance:.1e}, tolerance {BASIS_TOLERANCE:.0e}; equal or vanishing "
-                "singular values have no unique vectors): save the adapter with save_factors=True"
+                f"(relative distance {distance:.1e}, tolerance {BASIS_TOLERANCE:.0e}; equal or "
+                "vanishing singular values have no unique vectors): save the adapter "
+                "with save_factors=True"
             )
         return None
 

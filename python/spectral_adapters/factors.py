@@ -22,9 +22,10 @@ def balanced_factors(dimension: int) -> tuple[int, ...]:
     """Factor sizes for a rotated dimension: as few and as equal as possible, ascending.
 
     The most equal pair is taken if both are at most 128, else the most equal triple, and so on. A
-    dimension with a prime factor above 128 cannot obey the limit: that prime becomes one factor of its own
-    and the rest is balanced, so a prime dimension p gets the single factor ``(p,)``, a full rotation with
-    p(p-1)/2 parameters. Factors of size 1 are left out (they rotate nothing) except for dimension 1.
+    dimension with a prime factor above 128 cannot obey the limit: that prime becomes one factor of
+    its own and the rest is balanced, so a prime dimension p gets the single factor ``(p,)``, a
+    full rotation with p(p-1)/2 parameters. Factors of size 1 are left out (they rotate nothing)
+    except for dimension 1.
 
     Args:
         dimension: the rotated dimension, at least 1.

@@ -11,12 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import NamedTuple, overload
 
-import spectral_kernels  # noqa: F401  (declares torch.ops.spectral)
 import torch
-from spectral_kernels.ops.cayley import packed_length
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+import spectral_kernels  # noqa: F401  (declares torch.ops.spectral)
 from spectral_adapters._validation import (
     check_choice,
     check_last_dimension,
@@ -32,6 +31,8 @@ from spectral_adapters.autograd import (
     apply,
 )
 from spectral_adapters.planner import PLANS, choose_plan
+from spectral_kernels.ops.cayley import packed_length
+from spectral_kernels.ops.kron import accumulation_dtype, rotate_axis
 
 __all__ = [
     "SpectralBasis",
@@ -51,7 +52,8 @@ ROTATIONS = ("left", "right", None)
 class SpectralBasis(NamedTuple):
     """A frozen factorisation of a weight ``W0`` [out, in], with ``k = min(out, in)``.
 
-    * SVD: ``left`` U [out, k], ``singular_values`` S [k], ``right`` V^T [k, in]; ``W0 = U diag(S) V^T``.
+    * SVD: ``left`` U [out, k], ``singular_values`` S [k], ``right`` V^T [k, in]; ``W0 = U diag(S)
+      V^T``.
     * QR (left rotation): ``left`` Q [out, k], ``right`` T [k, in] upper triangular; ``W0 = Q T``.
     * LQ ("qr" with right rotation): ``left`` L [out, k] lower triangular, ``right`` Q [k, in].
     """
@@ -71,12 +73,13 @@ def cayley(
     """Exact Cayley transform, batched: ``R = (I + Q)(I - Q)^-1`` with ``Q = (P - P^T) / 2``.
 
     ``P`` is strictly upper triangular and given packed, row by row (the order of
-    ``torch.triu_indices(n, n, 1)``). A list of batches of different sizes, a whole model for instance, is
-    one call and one node of the autograd graph. The backward needs no solve:
+    ``torch.triu_indices(n, n, 1)``). A list of batches of different sizes, a whole model for
+    instance, is one call and one node of the autograd graph. The backward needs no solve:
     ``dQ = 1/2 (I + R) R^T dR (I + R)^T``.
 
     Args:
-        packed: [B, n(n-1)/2], or a sequence of such; fp16 and bf16 are computed and returned in fp32.
+        packed: [B, n(n-1)/2], or a sequence of such; fp16 and bf16 are computed and returned in
+            fp32.
         n: size of the rotations, or one size per batch.
 
     Returns:
@@ -110,7 +113,7 @@ def _cayley_list(packed: list[Tensor], sizes: list[int]) -> tuple[Tensor, ...]:
 
 
 def cayley_factors(packed: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """:func:`cayley` of single rotations, a layer's factors: [n_i(n_i-1)/2] each -> [n_i, n_i] each."""
+    """:func:`cayley` of a layer's factors: [n_i(n_i-1)/2] each -> [n_i, n_i] each."""
     batches = [_at_least_fp32(parameter).contiguous() for parameter in packed]
     return apply(CayleyFunction, tuple(sizes), *batches)
 
@@ -128,8 +131,8 @@ def kron_rotate(
         x: [..., k] with k the product of the factors' sizes; fp16, bf16, fp32 or fp64.
         factors: square matrices [n_i, n_i], the first outermost: ``i = (i1 * n2 + i2) * n3 + i3``.
         transpose: use the transpose of every factor.
-        orthogonal: promise that the factors are orthogonal; the backward then takes one pass. Without
-            it the gradient is right for any square factors.
+        orthogonal: promise that the factors are orthogonal; the backward then takes one pass.
+            Without it the gradient is right for any square factors.
 
     Returns:
         [..., k] in the dtype of ``x``; accumulated in fp32 (fp64 for fp64).
@@ -146,8 +149,8 @@ def kron_rotate(
 def kron_gram(a: Tensor, b: Tensor, dims: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
     """All partial-trace Grams of two row batches, and the column sums of their product.
 
-    ``gram_i = sum over tokens of (mode-i unfolding of a)(mode-i unfolding of b)^T``, the partial trace of
-    ``sum_t a_t b_t^T`` over every axis but i.
+    ``gram_i = sum over tokens of (mode-i unfolding of a)(mode-i unfolding of b)^T``, the partial
+    trace of ``sum_t a_t b_t^T`` over every axis but i.
 
     Args:
         a, b: [M, k], the same dtype.
@@ -198,10 +201,28 @@ def rotated_linear(
     """
     if on_tokens and subtract is not None:
         raise ValueError("subtract must be None when on_tokens is True; got a tensor")
+    if on_tokens and x.device.type == "cpu":
+        # Tokens are rotated where they are few. Autograd differentiates these few products in C++ in
+        # less time than it takes to enter a Function in Python, and kron_rotate has no faster CPU code.
+        return linear(_rotate_tokens(x, scale, factors, transpose), matrix.to(x.dtype), bias)
     y, _ = apply(
         RotatedLinearFunction, x, scale, matrix, subtract, bias, transpose, on_tokens, *factors
     )
     return y
+
+
+def _rotate_tokens(
+    x: Tensor, scale: Tensor | None, factors: Sequence[Tensor], transpose: bool
+) -> Tensor:
+    """``(x * scale) Q^T`` for ``Q = R`` or ``R^T``: x [..., k] -> [..., k], by autograd's own nodes."""
+    dtype = accumulation_dtype(x.dtype)
+    t = x.reshape(-1, x.shape[-1]).to(dtype)
+    if scale is not None:
+        t = t * scale.to(dtype)
+    dims = [factor.shape[0] for factor in factors]
+    for axis, factor in enumerate(factors):
+        t = rotate_axis(t, (factor if transpose else factor.mT).to(dtype), axis, dims)
+    return t.to(x.dtype).view(x.shape)
 
 
 def soda_linear(
@@ -231,12 +252,15 @@ def soda_linear(
     Args:
         x: [..., in].
         basis: frozen factorisation of the base weight.
-        spectrum: [k]; the adapted singular values s for "svd", the offset d of the diagonal for "qr".
-        factors: orthogonal [n_i, n_i]; product of sizes k (left) or in (right); None without rotation.
+        spectrum: [k]; the adapted singular values s for "svd", the offset d of the diagonal for
+            "qr".
+        factors: orthogonal [n_i, n_i]; product of sizes k (left) or in (right); None without
+            rotation.
         bias: [out] or None.
         plan: "auto", "factored", "merged" or "tokens" (see ``spectral_adapters.planner``).
-        base_weight: the frozen ``W0`` [out, in] itself, where the caller has it: the merged plan then adds
-            an exact difference to it, so that an untrained adapter returns ``W0`` to the last bit.
+        base_weight: the frozen ``W0`` [out, in] itself, where the caller has it: the merged plan
+            then adds an exact difference to it, so that an untrained adapter returns ``W0`` to the
+            last bit.
 
     Returns:
         [..., out] in the dtype of x (the autocast dtype under autocast). GEMMs run in that dtype on
@@ -319,7 +343,7 @@ def spectral_output(
     *,
     on_tokens: bool,
 ) -> Tensor:
-    """Second half of an SVD product: ``z = x V`` [..., k] to ``(z * s)(U R)^T + bias`` [..., out]."""
+    """Second half of an SVD product: z = x V [..., k] to (z * s)(U R)^T + bias [..., out]."""
     if factors is None:
         return linear(z * spectrum.to(z.dtype), basis.left.to(z.dtype), bias)
     return rotated_linear(z, basis.left, factors, scale=spectrum, bias=bias, on_tokens=on_tokens)
@@ -336,9 +360,9 @@ def soda_weight(
 ) -> Tensor:
     """The dense adapted weight ``W'`` [out, in], differentiable in ``spectrum`` and ``factors``.
 
-    Arguments as in :func:`soda_linear`. With ``base_weight`` the result is ``W0 + dW`` with an exact ``dW``
-    (zero to the last bit for an untrained adapter); without it, the product of the factors. In the wider of
-    the dtypes of basis and ``base_weight``.
+    Arguments as in :func:`soda_linear`. With ``base_weight`` the result is ``W0 + dW`` with an
+    exact ``dW`` (zero to the last bit for an untrained adapter); without it, the product of the
+    factors. In the wider of the dtypes of basis and ``base_weight``.
     """
     _check_soda(basis, spectrum, factors, decomposition, rotation)
     if base_weight is not None:
@@ -372,7 +396,8 @@ def soda_delta_weight(
 ) -> Tensor:
     """``W' - W0`` [out, in] without cancellation: exactly zero for an untrained adapter.
 
-    Left: ``(U R diag(s) - U diag(S)) V^T``. Right: ``C R^T - W0`` with ``C = W0 + U diag(s - S) V^T``.
+    Left: ``(U R diag(s) - U diag(S)) V^T``. Right: ``C R^T - W0`` with ``C = W0 + U diag(s - S)
+    V^T``.
     Arguments as in :func:`soda_linear`.
     """
     _check_soda(basis, spectrum, factors, decomposition, rotation)
@@ -463,9 +488,9 @@ def _match_accumulation(matrix: Tensor, x: Tensor) -> Tensor:
 def product_dtypes(x: Tensor, basis: SpectralBasis) -> tuple[torch.dtype, torch.dtype]:
     """(dtype of the result, dtype of the GEMMs) for activations x and a frozen basis.
 
-    The result has the dtype that a linear layer would return here: the autocast dtype under autocast,
-    else that of x. On accelerators the GEMMs run in it; on the CPU, where low precision is only a storage
-    format, they run in the wider of it and the basis's.
+    The result has the dtype that a linear layer would return here: the autocast dtype under
+    autocast, else that of x. On accelerators the GEMMs run in it; on the CPU, where low precision
+    is only a storage format, they run in the wider of it and the basis's.
     """
     result = x.dtype
     if x.dtype != torch.float64 and _autocast_is_on(x.device.type):

@@ -360,7 +360,8 @@ def _newton_schulz_scales(largest: float, tolerance: float) -> list[float]:
 def _largest_ratio(beta1: float, beta2: float) -> float:
     """Largest |m|/sqrt(v) of Adam's moments over all gradients, by Cauchy and Schwarz.
 
-    1e30 where no bound holds: infinity times zero, of a 1 x 1 factor or a learning rate, is no bound.
+    1e30 where no bound holds: infinity times zero, of a 1 x 1 factor or a learning rate, is no
+    bound.
     """
     spread = (1.0 - beta2) * (1.0 - beta1 * beta1 / beta2) if beta2 > 0 else 0.0
     return (1.0 - beta1) / math.sqrt(spread) if spread > 0 else 1e30

@@ -1,4 +1,5 @@
-"""Raw ops ``cayley_fwd`` and ``cayley_bwd``: packed skew matrices to rotations, whole models at once.
+"""Raw ops ``cayley_fwd`` and ``cayley_bwd``: packed skew matrices to rotations, whole models at
+once.
 
 Conventions (docs/conventions.md): ``Q = (P - P^T) / 2`` with ``P`` strictly upper triangular and
 stored packed, row by row; ``R = (I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I``.
@@ -26,7 +27,8 @@ def _skew(packed: Tensor, n: int) -> Tensor:
 
 
 def cayley_fwd_reference(packed: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """``R = 2 (I - Q)^-1 - I`` for every batch; ``packed[i]`` [B_i, n_i(n_i-1)/2] -> [B_i, n_i, n_i].
+    """``R = 2 (I - Q)^-1 - I`` for every batch; ``packed[i]`` [B_i, n_i(n_i-1)/2] -> [B_i, n_i,
+    n_i].
 
     The inverse is taken in float64 so that fp32 rotations are orthogonal to rounding at any ``Q``.
     """

@@ -19,7 +19,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rotate_axis(x: Tensor, matrix: Tensor, axis: int, dims: list[int]) -> Tensor:
-    """Multiply axis ``axis`` of ``x`` [M, prod(dims)], seen as [M, *dims], by ``matrix`` from the right."""
+    """``x`` [M, prod(dims)], seen as [M, *dims], times ``matrix`` along one axis."""
     rows, after = x.shape[0] * prod(dims[:axis]), prod(dims[axis + 1 :])
     n = dims[axis]
     if after == 1:
@@ -29,7 +29,7 @@ def rotate_axis(x: Tensor, matrix: Tensor, axis: int, dims: list[int]) -> Tensor
 
 
 def gram_axis(a: Tensor, b: Tensor, axis: int, dims: list[int]) -> Tensor:
-    """``sum over all other axes of a[.., p, ..] b[.., q, ..]`` for one axis of [M, *dims], [n, n]."""
+    """Sum of ``a[.., p, ..] b[.., q, ..]`` over all axes of [M, *dims] but one: [n, n]."""
     rows, after = a.shape[0] * prod(dims[:axis]), prod(dims[axis + 1 :])
     n = dims[axis]
     a, b = a.reshape(rows, n, after), b.reshape(rows, n, after)
@@ -47,7 +47,7 @@ def kron_rotate_reference(
     scale_before: Tensor | None,
     scale_after: Tensor | None,
 ) -> Tensor:
-    """``((x * scale_before) @ (R1 (x) ... (x) Rf)) * scale_after``, one axis at a time; [M, k] -> [M, k]."""
+    """``((x * scale_before) @ (R1 (x) ... (x) Rf)) * scale_after`` [M, k], axis by axis."""
     dtype = accumulation_dtype(x.dtype)
     dims = [factor.shape[0] for factor in factors]
     y = x.to(dtype)

@@ -1,4 +1,4 @@
-"""What every stand-alone spectral module shares: dtype keeping, and a state dict that cannot lie."""
+"""What stand-alone spectral modules share: dtype keeping, a state dict that cannot lie."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class SpectralModule(nn.Module):
         left, singular_values, right: the frozen :class:`SpectralBasis`.
         fingerprint: uint8 [161], of the base weight and the basis (buffer).
         save_factors: whether ``state_dict`` holds the frozen basis. With it a state dict is
-            self-contained; without it, it holds only what was trained and the fingerprint, and loads only
-            onto a layer made from the same base weight.
+            self-contained; without it, it holds only what was trained and the fingerprint, and
+            loads only onto a layer made from the same base weight.
     """
 
     left: Tensor
@@ -50,7 +50,7 @@ class SpectralModule(nn.Module):
         return SpectralBasis(self.left, self.singular_values, self.right)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Follow the device, never lose precision: casts below the present dtype are not carried out."""
+        """Follow the device, never lose precision: narrowing casts are not carried out."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d, pad, unfold
 from spectral_adapters._validation import check_choice, check_last_dimension, check_tensor
 from spectral_adapters.activations import SPECTRUM_ACTIVATIONS, spectrum_activation
 from spectral_adapters.decomposition import decompose, round_to_dtype
-from spectral_adapters.factors import packed_size, resolve_factors
+from spectral_adapters.factors import resolve_factors
 from spectral_adapters.functional import (
     DECOMPOSITIONS,
     ROTATIONS,
@@ -31,12 +31,13 @@ PARAMETRIZATIONS = ("cayley", "stiefel")
 
 
 class SODAModule(SpectralModule):
-    """What the linear and the convolutional SODA layer share: everything but how the weight is used.
+    """What the linear and the convolutional SODA layer share: everything but how the weight is
+    used.
 
     Attributes:
         delta: trained offset of the spectrum [k], starts at 0.
-        rotation: trained rotation, one entry per factor: packed skew matrices [n(n-1)/2] for "cayley",
-            the square factors [n, n] themselves for "stiefel"; empty without a rotation.
+        rotation: trained rotation, one entry per factor: packed skew matrices [n(n-1)/2] for
+            "cayley", the square factors [n, n] themselves for "stiefel"; empty without a rotation.
         bias: the base layer's bias [out], frozen, or None.
     """
 
@@ -144,7 +145,7 @@ class SODAModule(SpectralModule):
         return {"decomposition": self.decomposition, "rotation": self.rotation_side}
 
     def _terms(self) -> tuple[SpectralBasis, Tensor, tuple[Tensor, ...] | None]:
-        """Basis, spectral term (s for "svd", offset of the diagonal for "qr") and rotation factors."""
+        """Basis, spectral term (s, or the offset of the diagonal for "qr"), rotation factors."""
         if self.decomposition == "svd":
             term = self.spectrum()
         elif self.spectrum_activation == "identity":
@@ -163,21 +164,23 @@ class SODAModule(SpectralModule):
 class SODALinear(SODAModule):
     """A linear layer ``y = x W'^T + b`` with a SODA-adapted weight, made from an ``nn.Linear``.
 
-    The base weight is replaced by its frozen factorisation; trained are ``delta`` [k] and the factors of the
-    rotation, k(k-1)/2-like small (``extra_repr`` counts them). A fresh layer is the base layer.
+    The base weight is replaced by its frozen factorisation; trained are ``delta`` [k] and the
+    factors of the rotation, k(k-1)/2-like small (``extra_repr`` counts them). A fresh layer is the
+    base layer.
 
     Args (also of :meth:`from_linear`):
         decomposition: "svd" or "qr".
-        rotation: "left" (of the spectral basis, k indices), "right" (of the input coordinates) or None.
+        rotation: "left" (of the spectral basis, k indices), "right" (of the input coordinates) or
+            None.
         factors: sizes of the Kronecker factors, with product k (left) or in_features (right); None
             balances them (:func:`spectral_adapters.factors.balanced_factors`).
-        parametrization: "cayley" (packed skew parameters, any optimizer) or "stiefel" (the orthogonal
-            factors themselves, for StiefelSGD/StiefelAdam).
+        parametrization: "cayley" (packed skew parameters, any optimizer) or "stiefel" (the
+            orthogonal factors themselves, for StiefelSGD/StiefelAdam).
         spectrum_activation: "identity", "relu" or "softplus".
         plan: "auto", "factored", "merged" or "tokens"; equal values at different cost.
         save_factors: whether ``state_dict`` holds the frozen basis (see :class:`SpectralModule`).
-        base_dtype: round the base weight to this dtype first: for loading an adapter that was trained on a
-            half-precision base onto a wider copy of it.
+        base_dtype: round the base weight to this dtype first: for loading an adapter that was
+            trained on a half-precision base onto a wider copy of it.
 
     Shapes: x [..., in_features] -> [..., out_features], in the dtype of x.
 
@@ -259,8 +262,8 @@ class SODALinear(SODAModule):
 class SODAConv2d(SODAModule):
     """A 2-d convolution with a SODA-adapted weight, made from an ``nn.Conv2d``.
 
-    The weight [out, in/groups, kh, kw] is adapted in its flattened form [out, in/groups * kh * kw]. Options as
-    in :class:`SODALinear`; grouped convolutions have the merged plan only.
+    The weight [out, in/groups, kh, kw] is adapted in its flattened form [out, in/groups * kh *
+    kw]. Options as in :class:`SODALinear`; grouped convolutions have the merged plan only.
 
     Shapes: x [B, in, H, W] (or [in, H, W]) -> [B, out, H', W'], in the dtype of x.
     """
@@ -275,7 +278,7 @@ class SODAConv2d(SODAModule):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -390,18 +393,15 @@ class SODAConv2d(SODAModule):
 
     def to_conv2d(self) -> nn.Conv2d:
         """A plain ``nn.Conv2d`` with the merged weight, in the base weight's dtype."""
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        geometry: dict[str, Any] = {name: getattr(self, name) for name in names}
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
+            bias=self.bias is not None,
             device=self.left.device,
             dtype=self.base_dtype,
+            **geometry,
         )
         _fill(conv, self)
         return conv

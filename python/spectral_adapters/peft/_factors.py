@@ -7,10 +7,11 @@ them unless asked to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from spectral_adapters.decomposition import Fingerprint, decompose, round_to_dtype
@@ -34,10 +35,37 @@ def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return apply
 
 
+class Fingerprints(BufferDict):
+    """Packed fingerprints [161] by adapter name, saved with the adapter.
+
+    Attributes:
+        unverified: adapters whose fingerprint came from outside and was not compared with the base
+            yet. Entries assigned as attributes are noticed: some loaders (that of transformers) do
+            this instead of calling ``load_state_dict``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+        self.unverified: set[str] = set()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_buffers", ()):
+            self.unverified.add(name)
+
+    def __delitem__(self, adapter: str) -> None:
+        super().__delitem__(adapter)
+        self.unverified.discard(adapter)
+
+
 class FrozenFactors(nn.Module):
     """The factorisation of one base weight, shared by the adapters that were made on it.
 
+    The factors can be read and assigned as ``left``, ``singular_values`` and ``right``, as loaders
+    do that bypass ``load_state_dict``; they are used once all of them are there.
+
     Attributes:
+        shape: of the base weight, (out, in).
         decomposition, rotation: which factorisation, as for ``decomposition.decompose``.
         base_dtype: precision that the base weight is rounded to before it is decomposed.
         in_checkpoint: whether ``state_dict`` holds the factors.
@@ -49,6 +77,7 @@ class FrozenFactors(nn.Module):
 
     def __init__(
         self,
+        shape: tuple[int, int],
         decomposition: str,
         rotation: str | None,
         base_dtype: torch.dtype,
@@ -56,6 +85,8 @@ class FrozenFactors(nn.Module):
         in_checkpoint: bool,
     ) -> None:
         super().__init__()
+        self.shape = shape
+        self._arriving: dict[str, Tensor] = {}
         self.decomposition = decomposition
         self.rotation = rotation
         self.base_dtype = base_dtype
@@ -118,14 +149,39 @@ class FrozenFactors(nn.Module):
         return self
 
     def _state(self) -> dict[str, Tensor]:
-        if self.basis is not None:
-            named = zip(SpectralBasis._fields, self.basis, strict=True)
-            return {name: factor for name, factor in named if factor is not None}
-        # Whoever asks for the names before there are values, as loading does, gets the names.
-        names = [name for name in SpectralBasis._fields if name != "singular_values"]
-        if self.decomposition == "svd":
-            names.append("singular_values")
-        return {name: torch.empty(0, device="meta") for name in names}
+        """The factors by name, or empty ones of the right shape as long as there are none."""
+        basis = self.basis
+        if basis is None:
+            rows, columns = self.shape
+            rank = min(rows, columns)
+            basis = SpectralBasis(
+                torch.empty(rows, rank, device="meta"),
+                torch.empty(rank, device="meta") if self.decomposition == "svd" else None,
+                torch.empty(rank, columns, device="meta"),
+            )
+        named = zip(SpectralBasis._fields, basis, strict=True)
+        return {name: factor for name, factor in named if factor is not None}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in SpectralBasis._fields:
+            return self._state().get(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in SpectralBasis._fields:
+            super().__setattr__(name, value)
+            return
+        self._arriving[name] = value
+        if self._arriving.keys() == self._state().keys():
+            self._take(self._arriving)
+            self._arriving = {}
+
+    def _take(self, factors: Mapping[str, Tensor]) -> None:
+        """Use factors from a checkpoint."""
+        loaded = SpectralBasis(factors["left"], factors.get("singular_values"), factors["right"])
+        self.basis = _map(lambda factor: factor.detach().clone(), loaded)
+        self.fingerprint = None
+        self.is_exact = self.is_stale = False
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -151,14 +207,7 @@ class FrozenFactors(nn.Module):
         if missing:
             missing_keys.extend(missing)
             return
-        loaded = SpectralBasis(
-            state_dict[f"{prefix}left"],
-            state_dict.get(f"{prefix}singular_values"),
-            state_dict[f"{prefix}right"],
-        )
-        self.basis = _map(lambda factor: factor.detach().clone(), loaded)
-        self.fingerprint = None
-        self.is_exact = self.is_stale = False
+        self._take({name: state_dict[prefix + name] for name in names})
 
 
 @torch.no_grad()

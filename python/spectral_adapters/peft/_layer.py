@@ -12,7 +12,6 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -21,7 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from spectral_adapters.decomposition import Fingerprint
 from spectral_adapters.functional import SpectralBasis, product_dtypes, without_autocast
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
-from spectral_adapters.peft._factors import FrozenFactors, is_at_least, keep_precision
+from spectral_adapters.peft._factors import (
+    Fingerprints,
+    FrozenFactors,
+    is_at_least,
+    keep_precision,
+)
 
 _FINGERPRINT_SIZE = 161
 
@@ -64,7 +68,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         containers = {
             **self._new_containers(),
-            f"{self.prefix}fingerprint": BufferDict(persistent=True),
+            f"{self.prefix}fingerprint": Fingerprints(),
             f"{self.prefix}factors": nn.ModuleDict(),
         }
         for container, empty in containers.items():
@@ -75,7 +79,6 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         self.other_param_names = (*others, "configs", "scaling", "r")
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
-        self._unverified: set[str] = set()
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -124,7 +127,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     @property
-    def _fingerprints(self) -> MutableMapping[str, Tensor]:
+    def _fingerprints(self) -> Fingerprints:
         return getattr(self, f"{self.prefix}fingerprint")
 
     @property
@@ -165,11 +168,6 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             self._prepare(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; its factors go with the last adapter that used them."""
-        self._unverified.discard(adapter_name)
-        super().delete_adapter(adapter_name)
-
     def _new_device(self) -> torch.device:
         """Where new tensors go: beside the base weight, or on the CPU while that has no data."""
         device = self._base_weight.device
@@ -190,8 +188,13 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """Give an adapter factors of the base weight in ``base_dtype``, shared where possible."""
         config = self.configs[adapter]
         decomposition, rotation = self._factorisation(config)
+        rows, columns = self._base_matrix().shape
         frozen = FrozenFactors(
-            decomposition, rotation, base_dtype, in_checkpoint=config.save_factors
+            (rows, columns),
+            decomposition,
+            rotation,
+            base_dtype,
+            in_checkpoint=config.save_factors,
         )
         if not config.save_factors:
             for other in self._factors.values():
@@ -203,7 +206,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def _basis(self, adapter: str, device: torch.device) -> SpectralBasis:
         """The frozen factorisation of an adapter, computed and verified at first use."""
         frozen = self._factors[adapter]
-        if frozen.basis is None or frozen.is_stale or adapter in self._unverified:
+        if frozen.basis is None or frozen.is_stale or adapter in self._fingerprints.unverified:
             self._prepare(adapter)
             frozen = self._factors[adapter]
         return frozen.on(device)
@@ -237,7 +240,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             if recorded is None or reason is not None:
                 here = self._factors[adapter].compute(weight)
                 self._fingerprints[adapter] = here.to_tensor().to(weight.device)
-        self._unverified.discard(adapter)
+        self._fingerprints.unverified.discard(adapter)
 
     def _refusal(self, adapter: str, recorded: Fingerprint) -> str | None:
         """Why an adapter with this fingerprint must not be used here; None if it may."""
@@ -314,7 +317,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             or (brings_factors and frozen.in_checkpoint)
         ):
             # The base weight comes later, or the factors do: decided at first use.
-            self._unverified.add(adapter)
+            self._fingerprints.unverified.add(adapter)
             return
         fingerprint = f"{prefix}{self.prefix}fingerprint.{adapter}"
         packed = state_dict[fingerprint]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from efficientnet_lite_pytorch import EfficientNet
 
 # Images of any size are resized to this side. On emoji, 160 finds the same object in another style
 # more often than 128 and 96, and costs half of the network's own 224.
@@ -18,7 +22,7 @@ _STD = (0.229, 0.224, 0.225)
 
 
 @functools.cache
-def load_network() -> nn.Module:
+def load_network() -> EfficientNet:
     """Return EfficientNet-lite0 with frozen ImageNet weights, for evaluation, float32, on the CPU.
 
     Raises:

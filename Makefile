@@ -37,10 +37,9 @@ install: $(VENV)/.package
 demo: install
 	$(BIN)/spectral-adapters personalize --base examples/emoji_base/model --style openmoji --output $(OUTPUT)
 
-# Triton's interpreter is chosen when Triton is imported, hence a process of its own.
+# One of the tests runs the Triton kernels in its interpreter, in a process of its own.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -q -m interpreter tests/test_triton_interpreter.py
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

@@ -164,7 +164,7 @@ def _times(provider: dict[str, Any]) -> str:
     if "problem" in provider:
         return provider["problem"]
     low, middle, high = (provider["milliseconds"][key] for key in PERCENTILES[1:])
-    return f"{middle:.3g} ({low:.3g}–{high:.3g})"
+    return f"{middle:.4g} ({low:.4g}–{high:.4g})"
 
 
 def _peak(provider: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -55,9 +56,7 @@ def _register_triton() -> Override:
         return Override(False, "this PyTorch is built without CUDA, so Triton has no device", {})
     if importlib.util.find_spec("triton") is None:
         return Override(False, "the package triton is not installed", {})
-    import triton
-
     from spectral_kernels import triton_kernels
 
     triton_kernels.register(LIBRARY)
-    return Override(True, f"Triton {triton.__version__} kernels are registered for CUDA", {})
+    return Override(True, f"Triton {version('triton')} kernels are registered for CUDA", {})

@@ -534,3 +534,26 @@ def test_refuses_sparse_gradients(optimizer: Callable[..., Any], manifold: bool)
     x.grad = torch.eye(3).to_sparse()
     with pytest.raises(ValueError, match="dense and real"):
         opt.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@OPTIMIZERS
+def test_no_synchronisation_on_a_gpu(optimizer: Callable[..., Any]) -> None:
+    """CUDA's own check, and TF32 outside does not reach the step."""
+    params = [
+        nn.Parameter(rotations(4, n, n, dtype=torch.float32).detach().cuda()) for n in (8, 20)
+    ]
+    opt = optimizer(params, lr=1e-2)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    opt.step()
+    torch.cuda.set_sync_debug_mode("error")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        for _ in range(20):
+            opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert max(orthogonality_error(p.cpu()) for p in params) <= 5e-6

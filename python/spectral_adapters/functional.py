@@ -202,8 +202,8 @@ def rotated_linear(
     if on_tokens and subtract is not None:
         raise ValueError("subtract must be None when on_tokens is True; got a tensor")
     if on_tokens and x.device.type == "cpu":
-        # Tokens are rotated where they are few. Autograd differentiates these few products in C++ in
-        # less time than it takes to enter a Function in Python, and kron_rotate has no faster CPU code.
+        # Tokens are rotated where they are few: autograd's own C++ nodes take less time than
+        # entering a Python Function, and kron_rotate has no faster code for the CPU.
         return linear(_rotate_tokens(x, scale, factors, transpose), matrix.to(x.dtype), bias)
     y, _ = apply(
         RotatedLinearFunction, x, scale, matrix, subtract, bias, transpose, on_tokens, *factors
@@ -214,7 +214,7 @@ def rotated_linear(
 def _rotate_tokens(
     x: Tensor, scale: Tensor | None, factors: Sequence[Tensor], transpose: bool
 ) -> Tensor:
-    """``(x * scale) Q^T`` for ``Q = R`` or ``R^T``: x [..., k] -> [..., k], by autograd's own nodes."""
+    """``(x * scale) Q^T`` [..., k] for ``Q = R`` or ``R^T``, by autograd's own nodes."""
     dtype = accumulation_dtype(x.dtype)
     t = x.reshape(-1, x.shape[-1]).to(dtype)
     if scale is not None:
@@ -271,7 +271,7 @@ def soda_linear(
     check_tensor("x", x)
     check_last_dimension("x", x, basis.right.shape[1], "the layer's in_features")
 
-    out_dtype, work_dtype = product_dtypes(x, basis)
+    out_dtype, work_dtype = product_dtypes(x, basis.left)
     out_features, in_features = basis.left.shape[0], basis.right.shape[1]
     sizes = None if factors is None else tuple(factor.shape[0] for factor in factors)
     tokens = x.numel() // in_features
@@ -408,7 +408,11 @@ def soda_delta_weight(
             assert singular_values is not None
             return _rotated_weight(basis, spectrum, factors, left * singular_values)
         turned = rotated_linear(
-            (right + _diagonal(spectrum, right)).mT, left, factors, subtract=left
+            # A view: Dynamo takes no tensor twice among the inputs of one Function.
+            (right + _diagonal(spectrum, right)).mT,
+            left,
+            factors,
+            subtract=left.view_as(left),
         ).mT
         return turned + pad(left * spectrum, (0, right.shape[1] - right.shape[0]))
     if decomposition == "svd":
@@ -485,18 +489,18 @@ def _match_accumulation(matrix: Tensor, x: Tensor) -> Tensor:
     return matrix.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def product_dtypes(x: Tensor, basis: SpectralBasis) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype of the result, dtype of the GEMMs) for activations x and a frozen basis.
+def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the result, dtype of the GEMMs) for activations x and a frozen weight or basis.
 
     The result has the dtype that a linear layer would return here: the autocast dtype under
     autocast, else that of x. On accelerators the GEMMs run in it; on the CPU, where low precision
-    is only a storage format, they run in the wider of it and the basis's.
+    is only a storage format, they run in the wider of it and the weight's.
     """
     result = x.dtype
     if x.dtype != torch.float64 and _autocast_is_on(x.device.type):
         result = torch.get_autocast_dtype(x.device.type)
     if x.device.type == "cpu":
-        return result, torch.promote_types(result, basis.left.dtype)
+        return result, torch.promote_types(result, weight.dtype)
     return result, result
 
 

@@ -120,8 +120,10 @@ def _kron_gram_kernel(
         acc3 = tl.zeros([P3 // BLOCKS, P3], tl.float32)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(first, last, TOKENS, disable_licm=True):
-        # A chunk of one row is never short, and its loops then have constant bounds.
-        tokens = 1 if TOKENS == 1 else tl.minimum(last - start, TOKENS).to(tl.int32)
+        # A chunk of one row is never short. Constant bounds are not for kernels with blocks, whose
+        # loops the assembler then unrolls until it spills.
+        known = TOKENS == 1 and BLOCKS == 1
+        tokens = 1 if known else tl.minimum(last - start, TOKENS).to(tl.int32)
         a = a_ptr + start * K
         b = b_ptr + start * K
         for row in tl.static_range(0, TOKENS, ROWS):

@@ -358,7 +358,7 @@ class SODAConv2d(SODAModule):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         x = pad(x, self._edges, mode=mode) if any(self._edges) else x
         basis, term, factors = self._terms()
-        result, work = product_dtypes(x, basis)
+        result, work = product_dtypes(x, basis.left)
         with without_autocast(x.device):
             y = self._convolve(x.to(work), basis, term, factors)
         return y.to(result)

@@ -206,7 +206,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def _basis(self, adapter: str, device: torch.device) -> SpectralBasis:
         """The frozen factorisation of an adapter, computed and verified at first use."""
         frozen = self._factors[adapter]
-        if frozen.basis is None or frozen.is_stale or adapter in self._fingerprints.unverified:
+        if frozen.basis is None or adapter in self._fingerprints.unverified:
             self._prepare(adapter)
             frozen = self._factors[adapter]
         return frozen.on(device)
@@ -275,8 +275,9 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             self._prepare(adapter)
 
     def _mark_stale(self) -> None:
-        for frozen in self._factors.values():
+        for adapter, frozen in self._factors.items():
             frozen.is_stale = True
+            self._fingerprints.unverified.add(adapter)
 
     def _load_from_state_dict(
         self,
@@ -523,7 +524,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def _use(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The base layer's product with another weight, in the dtype of x or of autocast."""
-        result, work = product_dtypes(x, SpectralBasis(weight, None, weight))
+        result, work = product_dtypes(x, weight)
         with without_autocast(x.device):
             y = self._product(x.to(work), weight.to(work), None if bias is None else bias.to(work))
         return y.to(result)

@@ -34,9 +34,10 @@ DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
 CPU_SOURCES = (
     "csrc/bindings.cpp",
     "csrc/cayley_cpu.cpp",
-    "csrc/cayley_cpu_avx2.cpp",
-    "csrc/cayley_cpu_avx512.cpp",
-    "csrc/cayley_cpu_baseline.cpp",
+    "csrc/kron_cpu.cpp",
+    "csrc/simd_avx2.cpp",
+    "csrc/simd_avx512.cpp",
+    "csrc/simd_baseline.cpp",
     "csrc/simd_level.cpp",
 )
 CUDA_SOURCES = ("csrc/cayley_cuda.cu", "csrc/cayley_cuda_binding.cpp")
@@ -49,7 +50,10 @@ HEADERS = tuple(
         "cayley_cuda.cuh",
         "cayley_cuda.h",
         "cayley_pivoting.h",
+        "kron_cpu.h",
+        "kron_cpu_kernels.h",
         "simd_level.h",
+        "simd_vector.h",
     )
 )
 # What makes an Extension a CPU or a CUDA one; its name, which setuptools keeps books on, stays.
@@ -188,10 +192,29 @@ def find_toolchain() -> Toolchain:
     )
 
 
+def _is_gcc(compiler: str) -> bool:
+    """Whether the C++ compiler is GCC; Clang also calls itself so, besides its own name."""
+    try:
+        macros = subprocess.run(
+            [compiler, "-dM", "-E", "-x", "c++", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return "__GNUC__" in macros and "__clang__" not in macros
+
+
 def _extension(target: str) -> Any:
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension, get_cxx_compiler
 
     cxx_flags = ["-O3", "-g0", "-fvisibility=hidden"]
+    if sys.platform == "linux" and _is_gcc(get_cxx_compiler()):
+        # ATen's parallel_for is a template and runs on one thread without this. Not passed to the
+        # linker: the calls resolve to the OpenMP runtime that libtorch_cpu has loaded, where a
+        # second runtime's idle threads would spin beside those of the GEMMs.
+        cxx_flags.append("-fopenmp")
     if target == "cpu":
         return CppExtension(
             "spectral_kernels._C",

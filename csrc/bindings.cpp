@@ -32,7 +32,12 @@ py::dict build_info() {
     info["compiler"] = compiler();
     info["cxx_standard"] = static_cast<long>(__cplusplus);
     info["torch"] = TORCH_VERSION;
-    info["simd"] = spectral::cpu::active_kernels().name;
+    info["simd"] = spectral::cpu::active_level().name;
+#if defined(_OPENMP)
+    info["multithreaded"] = true;
+#else
+    info["multithreaded"] = false;
+#endif
 #if defined(SPECTRAL_WITH_CUDA)
     info["cuda"] =
         std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
@@ -53,7 +58,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Facts of this build: compiler, cxx_standard (value of __cplusplus), torch (version built\n"
         "against), cuda (toolkit version or None), cuda_architectures (as in "
         "TORCH_CUDA_ARCH_LIST,\n"
-        "or None), and simd, the level the CPU kernels run at here: avx512, avx2 or baseline.");
+        "or None), simd, the level the CPU kernels run at here: avx512, avx2 or baseline, and\n"
+        "multithreaded, whether they use torch's threads.");
     m.def(
         "_simd_levels", &spectral::cpu::available_levels,
         "Names of the SIMD levels that can run here, widest first.");

@@ -102,7 +102,7 @@ void run_group(
 void run(std::vector<Task>& tasks, bool backward) {
     if (tasks.empty()) return;
     const std::vector<Group> groups = group_tasks(tasks);
-    const CayleyKernels& kernels = active_kernels();
+    const CayleyKernels& kernels = active_level().cayley;
     std::int64_t cost = 0;
     for (const Group& group : groups) cost += group.cost;
     const std::int64_t threads = std::clamp<std::int64_t>(

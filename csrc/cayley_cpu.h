@@ -19,7 +19,6 @@ inline constexpr std::int64_t kGroup = 16;
 // packed[i] has n(n-1)/2 entries, rotation[i] and grad_rotation[i] n*n, row-major. `workspace` is
 // 64-byte aligned and holds workspace_bytes(n).
 struct CayleyKernels {
-    const char* name;
     std::size_t (*workspace_bytes)(std::int64_t n);
     void (*forward_f32)(
         const float* const* packed, float* const* rotation, std::int64_t count, std::int64_t n,
@@ -34,11 +33,5 @@ struct CayleyKernels {
         const double* const* grad_rotation, const double* const* rotation,
         double* const* grad_packed, std::int64_t count, std::int64_t n, void* workspace);
 };
-
-extern const CayleyKernels kBaselineKernels;
-#if defined(__x86_64__)
-extern const CayleyKernels kAvx2Kernels;
-extern const CayleyKernels kAvx512Kernels;
-#endif
 
 }  // namespace spectral::cpu

@@ -1,11 +1,4 @@
-// The Cayley kernels of one SIMD level. Included by cayley_cpu_{baseline,avx2,avx512}.cpp inside a
-// region compiled for that level, with these macros set:
-//   SPECTRAL_SIMD_LEVEL  namespace and name of the level
-//   SPECTRAL_SIMD_BYTES  width of a vector register
-//   SPECTRAL_TILE        vectors in a row of the register tile (4 rows deep)
-// No include guard (three inclusions with three meanings) and no standard header below this line:
-// an inline standard function compiled here for AVX could be the copy the linker keeps for
-// everyone.
+// The Cayley kernels of one SIMD level; see simd_vector.h for how this file is included.
 //
 // Forward. A = I - Q has symmetric part I, so every pivot of elimination without pivoting is >= 1.
 // A is inverted in place by blocked Gauss-Jordan; then R = 2 A^-1 - I. It is computed in float64
@@ -23,15 +16,6 @@
 
 namespace spectral::cpu::SPECTRAL_SIMD_LEVEL {
 namespace {
-
-template <typename T>
-struct VectorOf {
-    typedef T type __attribute__((vector_size(SPECTRAL_SIMD_BYTES), may_alias));
-};
-template <typename T>
-using Vector = typename VectorOf<T>::type;
-template <typename T>
-constexpr std::int64_t kLaneCount = SPECTRAL_SIMD_BYTES / std::int64_t{sizeof(T)};
 
 template <typename T>
 struct Wide {
@@ -57,12 +41,6 @@ struct Lanes {
     static Element get(const Vec* row, std::int64_t column) { return row[column]; }
     static void set(Vec* row, std::int64_t column, T value) { row[column] = value - Vec{}; }
 };
-
-constexpr std::int64_t kTileRows = 4;
-
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-}
 
 // c[4, Columns] (+)= a[4, depth] b[depth, Columns]: Columns and the strides of b and c count
 // vectors, those of a elements.
@@ -482,16 +460,7 @@ std::size_t workspace_bytes(std::int64_t n) {
 
 }  // namespace
 
-#define SPECTRAL_STRING_OF(name) #name
-#define SPECTRAL_STRING(name) SPECTRAL_STRING_OF(name)
-inline constexpr CayleyKernels kKernels{
-    SPECTRAL_STRING(SPECTRAL_SIMD_LEVEL),
-    workspace_bytes,
-    forward<float>,
-    forward<double>,
-    backward<float>,
-    backward<double>};
-#undef SPECTRAL_STRING
-#undef SPECTRAL_STRING_OF
+inline constexpr CayleyKernels kCayleyKernels{
+    workspace_bytes, forward<float>, forward<double>, backward<float>, backward<double>};
 
 }  // namespace spectral::cpu::SPECTRAL_SIMD_LEVEL

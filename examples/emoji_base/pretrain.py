@@ -360,24 +360,28 @@ class EdgeAndFeatureLoss(nn.Module):
 
 
 def train_autoencoder(
-    vae: AutoencoderKL, module: nn.Module, path: Path, args: argparse.Namespace
+    vae: AutoencoderKL,
+    part_of: Callable[[AutoencoderKL], nn.Module],
+    path: Path,
+    args: argparse.Namespace,
 ) -> None:
-    """Train ``module``, which is ``vae`` or a part of it, on varied drawings of the base styles."""
+    """Train ``part_of(vae)``, a part or the whole, on varied drawings of the base styles."""
     rgba = load_rgba(args.work)
-    criterion = EdgeAndFeatureLoss()
+    # Convolutions on a CPU are a fifth faster with the channels last.
+    criterion = EdgeAndFeatureLoss().to(memory_format=torch.channels_last)
+    proxy = copy.deepcopy(vae).bfloat16().to(memory_format=torch.channels_last)
 
     def loss_of(index: Tensor) -> tuple[Tensor, dict[str, float]]:
-        image = augment(rgba[index])
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(image).latent_dist
-            output = vae.decode(posterior.sample()).sample.float()
+        image = augment(rgba[index]).contiguous(memory_format=torch.channels_last)
+        posterior = proxy.encode(image.bfloat16()).latent_dist
+        output = proxy.decode(posterior.sample()).sample.float()
         pixels, edges, features = criterion(output, image)
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         loss = 2 * pixels + edges + 0.1 * features + 1e-3 * divergence
         parts = {"l1": pixels, "edge": edges, "feat": features, "kl": divergence}
         return loss, {name: value.item() for name, value in parts.items()}
 
-    train(module, loss_of, len(rgba), path, args)
+    train(part_of(vae), loss_of, len(rgba), path, args, part_of(proxy))
 
 
 def run_vae(args: argparse.Namespace) -> None:
@@ -385,7 +389,7 @@ def run_vae(args: argparse.Namespace) -> None:
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(**VAE_CONFIG)
-    train_autoencoder(vae, vae, args.work / "vae.pt", args)
+    train_autoencoder(vae, lambda whole: whole, args.work / "vae.pt", args)
 
 
 def decoding_part(vae: AutoencoderKL) -> nn.Module:
@@ -398,8 +402,8 @@ def run_decoder(args: argparse.Namespace) -> None:
 
     vae = AutoencoderKL(**VAE_CONFIG)
     load_average(vae, args.work / "vae.pt")
-    part = decoding_part(vae).train().requires_grad_(True)
-    train_autoencoder(vae, part, args.work / "decoder.pt", args)
+    decoding_part(vae).train().requires_grad_(True)
+    train_autoencoder(vae, decoding_part, args.work / "decoder.pt", args)
 
 
 def outlined_images(rgba: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-// The Cayley kernels for AVX-512 (F, DQ, VL, BW). Only this file's functions are compiled for it.
-#include "cayley_cpu.h"
+// The CPU kernels for AVX-512 (F, DQ, VL, BW). Only this file's functions are compiled for it.
 #include "cayley_pivoting.h"
+#include "simd_level.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -14,7 +14,9 @@
 #define SPECTRAL_SIMD_LEVEL avx512
 #define SPECTRAL_SIMD_BYTES 64
 #define SPECTRAL_TILE 4
+#include "simd_vector.h"
 #include "cayley_cpu_kernels.h"
+#include "kron_cpu_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -23,6 +25,6 @@
 #endif
 
 namespace spectral::cpu {
-const CayleyKernels kAvx512Kernels = avx512::kKernels;
+const SimdLevel kAvx512{"avx512", avx512::kCayleyKernels, avx512::kKronKernels};
 }
 #endif

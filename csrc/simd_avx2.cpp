@@ -1,6 +1,6 @@
-// The Cayley kernels for AVX2 with FMA. Only this file's functions are compiled for it.
-#include "cayley_cpu.h"
+// The CPU kernels for AVX2 with FMA. Only this file's functions are compiled for it.
 #include "cayley_pivoting.h"
+#include "simd_level.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -13,7 +13,9 @@
 #define SPECTRAL_SIMD_LEVEL avx2
 #define SPECTRAL_SIMD_BYTES 32
 #define SPECTRAL_TILE 3
+#include "simd_vector.h"
 #include "cayley_cpu_kernels.h"
+#include "kron_cpu_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -22,6 +24,6 @@
 #endif
 
 namespace spectral::cpu {
-const CayleyKernels kAvx2Kernels = avx2::kKernels;
+const SimdLevel kAvx2{"avx2", avx2::kCayleyKernels, avx2::kKronKernels};
 }
 #endif

@@ -1,0 +1,414 @@
+// The Kronecker kernels of one SIMD level; see simd_vector.h for how this file is included.
+//
+// A few rows at a time are copied to the workspace, where all axes are dealt with while the rows are
+// in the cache. Seen from an axis of n indices a row is [before, n, after]. Everything is a small
+// product of matrices whose columns are cut into vectors:
+//   after >= a vector   y[b] = M^T x[b] for every b; the Gram adds a[b] b[b]^T, with b[b] transposed
+//   after == 1          y = x M with all rows below each other; the Gram adds a^T b
+//   in between          like after == 1, with the axis moved to the end and back
+//
+// Vectors may reach over the end of a matrix of the workspace, whose buffers have room for that:
+// what is read there ends in columns that nobody looks at, what is written there is overwritten by
+// the next row.
+
+namespace spectral::cpu::SPECTRAL_SIMD_LEVEL {
+namespace {
+
+// Elements of a buffer of the workspace: what is asked for, and a vector of overhang.
+template <typename T>
+constexpr std::int64_t with_overhang(std::int64_t elements) {
+    return round_up(elements, kLaneCount<T>) + kLaneCount<T>;
+}
+
+// c[i, j] (+)= sum over k of a[i * a_row + k * a_depth] b[k * b_stride + j] for Rows x Columns
+// vectors.
+template <typename T, bool Accumulate, int Rows, int Columns>
+inline void product_tile(
+    T* c, std::int64_t c_stride, const T* a, std::int64_t a_row, std::int64_t a_depth, const T* b,
+    std::int64_t b_stride, std::int64_t depth) {
+    using Unaligned = typename VectorOf<T>::unaligned;
+    Vector<T> sum[Rows][Columns];
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < Columns; ++j) {
+            T* const place = c + i * c_stride + j * kLaneCount<T>;
+            sum[i][j] = Accumulate ? Vector<T>(*reinterpret_cast<Unaligned*>(place)) : Vector<T>{};
+        }
+    }
+    for (std::int64_t k = 0; k < depth; ++k) {
+        Vector<T> right[Columns];
+#pragma GCC unroll 4
+        for (int j = 0; j < Columns; ++j) {
+            right[j] =
+                *reinterpret_cast<const Unaligned*>(b + k * b_stride + j * kLaneCount<T>);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < Rows; ++i) {
+            const T left = a[i * a_row + k * a_depth];
+#pragma GCC unroll 4
+            for (int j = 0; j < Columns; ++j) sum[i][j] += left * right[j];
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < Columns; ++j) {
+            *reinterpret_cast<Unaligned*>(c + i * c_stride + j * kLaneCount<T>) = sum[i][j];
+        }
+    }
+}
+
+// One stretch of Columns vectors for all rows of c.
+template <typename T, bool Accumulate, int Columns>
+inline void product_stretch(
+    T* c, std::int64_t c_stride, const T* a, std::int64_t a_row, std::int64_t a_depth, const T* b,
+    std::int64_t b_stride, std::int64_t depth, std::int64_t rows) {
+    const auto run = [&](auto tile, std::int64_t i) {
+        tile(c + i * c_stride, c_stride, a + i * a_row, a_row, a_depth, b, b_stride, depth);
+    };
+    std::int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) run(product_tile<T, Accumulate, 4, Columns>, i);
+    switch (rows - i) {
+        case 3: run(product_tile<T, Accumulate, 3, Columns>, i); break;
+        case 2: run(product_tile<T, Accumulate, 2, Columns>, i); break;
+        case 1: run(product_tile<T, Accumulate, 1, Columns>, i); break;
+        default: break;
+    }
+}
+
+// c [rows, columns] = a [rows, depth] b [depth, columns], all with strides. Columns that are no
+// whole number of vectors: with Accumulate c must have room for it in every row (and its padding
+// is garbage); without, the last vector is moved back over columns that are done, or, of a single
+// stretch, reaches over into the next row.
+template <typename T, bool Accumulate>
+void product(
+    T* c, std::int64_t c_stride, const T* a, std::int64_t a_row, std::int64_t a_depth, const T* b,
+    std::int64_t b_stride, std::int64_t depth, std::int64_t rows, std::int64_t columns) {
+    constexpr std::int64_t lanes = kLaneCount<T>;
+    static_assert(SPECTRAL_TILE == 3 || SPECTRAL_TILE == 4);
+    const std::int64_t vectors = (columns + lanes - 1) / lanes;
+    for (std::int64_t done = 0; done < vectors;) {
+        const std::int64_t left = vectors - done;
+        // Split the last stretch evenly: one vector alone cannot hide the latency of its sums.
+        const std::int64_t take = left >= 2 * SPECTRAL_TILE || left == SPECTRAL_TILE
+                                      ? SPECTRAL_TILE
+                                      : (left > SPECTRAL_TILE ? (left + 1) / 2 : left);
+        std::int64_t j = done * lanes;
+        if (!Accumulate && take == left && columns >= take * lanes) j = columns - take * lanes;
+        const auto run = [&](auto stretch) {
+            stretch(c + j, c_stride, a, a_row, a_depth, b + j, b_stride, depth, rows);
+        };
+        switch (take) {
+            case 1: run(product_stretch<T, Accumulate, 1>); break;
+            case 2: run(product_stretch<T, Accumulate, 2>); break;
+            case 3: run(product_stretch<T, Accumulate, 3>); break;
+            default: run(product_stretch<T, Accumulate, SPECTRAL_TILE>); break;
+        }
+        done += take;
+    }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+template <int Bytes>
+struct LaneIndex;
+template <>
+struct LaneIndex<4> {
+    typedef std::int32_t type __attribute__((vector_size(SPECTRAL_SIMD_BYTES)));
+};
+template <>
+struct LaneIndex<8> {
+    typedef std::int64_t type __attribute__((vector_size(SPECTRAL_SIMD_BYTES)));
+};
+
+// Exchanges the off-diagonal Distance x Distance blocks of a square of vectors, then those inside.
+template <typename T, int Distance>
+inline void transpose_square(Vector<T>* rows) {
+    if constexpr (Distance > 0) {
+        constexpr int lanes = static_cast<int>(kLaneCount<T>);
+        typename LaneIndex<sizeof(T)>::type low, high;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < lanes; ++lane) {
+            low[lane] = lane & Distance ? lanes + lane - Distance : lane;
+            high[lane] = lane & Distance ? lanes + lane : lane + Distance;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+            if (i & Distance) continue;
+            const Vector<T> upper = rows[i], lower = rows[i + Distance];
+            rows[i] = __builtin_shuffle(upper, lower, low);
+            rows[i + Distance] = __builtin_shuffle(upper, lower, high);
+        }
+        transpose_square<T, Distance / 2>(rows);
+    }
+}
+#endif
+
+// out[j * out_stride + i] = in[i * in_stride + j] for [rows, columns].
+template <typename T>
+void transpose(
+    const T* in, std::int64_t in_stride, std::int64_t rows, std::int64_t columns, T* out,
+    std::int64_t out_stride) {
+    constexpr std::int64_t lanes = kLaneCount<T>;
+#if defined(__GNUC__) && !defined(__clang__)
+    if (rows >= lanes && columns >= lanes) {
+        using Unaligned = typename VectorOf<T>::unaligned;
+        // The last square of a row or column is moved back over what is done.
+        for (std::int64_t i = 0; i < rows; i += lanes) {
+            const std::int64_t row = i + lanes <= rows ? i : rows - lanes;
+            for (std::int64_t j = 0; j < columns; j += lanes) {
+                const std::int64_t column = j + lanes <= columns ? j : columns - lanes;
+                Vector<T> square[lanes];
+#pragma GCC unroll 16
+                for (int k = 0; k < lanes; ++k) {
+                    square[k] =
+                        *reinterpret_cast<const Unaligned*>(in + (row + k) * in_stride + column);
+                }
+                transpose_square<T, lanes / 2>(square);
+#pragma GCC unroll 16
+                for (int k = 0; k < lanes; ++k) {
+                    *reinterpret_cast<Unaligned*>(out + (column + k) * out_stride + row) =
+                        square[k];
+                }
+            }
+        }
+        return;
+    }
+#endif
+    for (std::int64_t i = 0; i < rows; ++i) {
+        for (std::int64_t j = 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+    }
+}
+
+struct Axis {
+    std::int64_t n, before, after;
+};
+
+template <typename T>
+constexpr bool in_between(const Axis& axis) {
+    return axis.after > 1 && axis.after < kLaneCount<T>;
+}
+
+// The axes of a shape, first to last: call(index, axis).
+template <typename Call>
+inline void for_each_axis(const KronShape& shape, Call call) {
+    std::int64_t before = 1, after = shape.width;
+    for (std::int64_t i = 0; i < shape.count; ++i) {
+        after /= shape.dims[i];
+        call(i, Axis{shape.dims[i], before, after});
+        before *= shape.dims[i];
+    }
+}
+
+// Rows dealt with at a time: about what half a first-level cache holds, and enough of them to load
+// a large factor for many.
+inline std::int64_t block_rows(const KronShape& shape) {
+    std::int64_t widest = 1;
+    for (std::int64_t i = 0; i < shape.count; ++i) {
+        widest = shape.dims[i] > widest ? shape.dims[i] : widest;
+    }
+    const std::int64_t cached = 4096 / shape.width, shared = 64 * widest / shape.width;
+    const std::int64_t rows = cached > shared ? cached : shared;
+    return rows < 1 ? 1 : rows;
+}
+
+// Moves an axis between its place and the end: [outer, n, after] to [outer, after, n].
+template <typename T>
+void axis_to_end(const T* in, const Axis& axis, std::int64_t outer, T* out) {
+    for (std::int64_t b = 0; b < outer; ++b) {
+        const std::int64_t start = b * axis.n * axis.after;
+        transpose(in + start, axis.after, axis.n, axis.after, out + start, axis.n);
+    }
+}
+
+template <typename T>
+void axis_from_end(const T* in, const Axis& axis, std::int64_t outer, T* out) {
+    for (std::int64_t b = 0; b < outer; ++b) {
+        const std::int64_t start = b * axis.n * axis.after;
+        transpose(in + start, axis.n, axis.after, axis.n, out + start, axis.after);
+    }
+}
+
+template <typename T>
+void copy_scaled(
+    const T* in, const T* scale, std::int64_t rows, std::int64_t width, T* __restrict out) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const T* const from = in + r * width;
+        T* const to = out + r * width;
+        if (scale == nullptr) {
+            for (std::int64_t i = 0; i < width; ++i) to[i] = from[i];
+        } else {
+            for (std::int64_t i = 0; i < width; ++i) to[i] = from[i] * scale[i];
+        }
+    }
+}
+
+template <typename T>
+std::int64_t padded_matrix(std::int64_t n) {
+    return with_overhang<T>(n * round_up(n, kLaneCount<T>));
+}
+
+template <typename T>
+std::size_t rotate_elements(const KronShape& shape) {
+    std::int64_t elements = 2 * with_overhang<T>(block_rows(shape) * shape.width);
+    for_each_axis(shape, [&](std::int64_t, const Axis& axis) {
+        if (axis.after < kLaneCount<T>) elements += padded_matrix<T>(axis.n);
+    });
+    return static_cast<std::size_t>(elements);
+}
+
+// Workspace: two buffers of rows; then, for axes dealt with at the end of the row, what multiplies
+// them from the right, with rows padded to whole vectors.
+template <typename T>
+void rotate(const KronShape& shape, const RotateArguments<T>& arguments, void* workspace) {
+    const std::int64_t block = block_rows(shape), width = shape.width;
+    T* const first = static_cast<T*>(workspace);
+    T* const second = first + with_overhang<T>(block * width);
+    T* const matrices = second + with_overhang<T>(block * width);
+    const bool transposed = arguments.transpose;
+
+    T* matrix = matrices;
+    for_each_axis(shape, [&](std::int64_t index, const Axis& axis) {
+        if (axis.after >= kLaneCount<T>) return;
+        const std::int64_t stride = round_up(axis.n, kLaneCount<T>);
+        const T* const factor = arguments.factors[index];
+        for (std::int64_t i = 0; i < axis.n; ++i) {
+            for (std::int64_t j = 0; j < stride; ++j) {
+                matrix[i * stride + j] =
+                    j >= axis.n ? 0 : factor[transposed ? j * axis.n + i : i * axis.n + j];
+            }
+        }
+        matrix += padded_matrix<T>(axis.n);
+    });
+
+    for (std::int64_t start = 0; start < arguments.rows; start += block) {
+        const std::int64_t left = arguments.rows - start;
+        const std::int64_t rows = left < block ? left : block;
+        T *current = first, *other = second;
+        copy_scaled(arguments.x + start * width, arguments.scale_before, rows, width, current);
+        matrix = matrices;
+        for_each_axis(shape, [&](std::int64_t index, const Axis& axis) {
+            const std::int64_t n = axis.n, after = axis.after, outer = rows * axis.before;
+            if (after >= kLaneCount<T>) {
+                const T* const factor = arguments.factors[index];
+                for (std::int64_t b = 0; b < outer; ++b) {
+                    product<T, false>(
+                        other + b * n * after, after, factor, transposed ? n : 1,
+                        transposed ? 1 : n, current + b * n * after, after, n, n, after);
+                }
+            } else {
+                if (after > 1) {
+                    axis_to_end(current, axis, outer, other);
+                    T* const swapped = current;
+                    current = other;
+                    other = swapped;
+                }
+                product<T, false>(
+                    other, n, current, n, 1, matrix, round_up(n, kLaneCount<T>), n, outer * after,
+                    n);
+                matrix += padded_matrix<T>(n);
+                if (after > 1) {
+                    axis_from_end(other, axis, outer, current);
+                    return;
+                }
+            }
+            T* const swapped = current;
+            current = other;
+            other = swapped;
+        });
+        copy_scaled(current, arguments.scale_after, rows, width, arguments.out + start * width);
+    }
+}
+
+template <typename T>
+std::size_t gram_elements(const KronShape& shape) {
+    const std::int64_t rows = with_overhang<T>(block_rows(shape) * shape.width);
+    std::int64_t elements = 2 * rows, scratch = 0;
+    for_each_axis(shape, [&](std::int64_t, const Axis& axis) {
+        elements += padded_matrix<T>(axis.n);
+        const std::int64_t needed =
+            in_between<T>(axis)
+                ? 2 * rows
+                : (axis.after > 1 ? with_overhang<T>(axis.after * round_up(axis.n, kLaneCount<T>))
+                                  : 0);
+        scratch = needed > scratch ? needed : scratch;
+    });
+    return static_cast<std::size_t>(elements + scratch);
+}
+
+// Workspace: rows of a, rows of b times scale, the sums with rows padded to whole vectors, scratch
+// for what is transposed.
+template <typename T>
+void gram(const KronShape& shape, const GramArguments<T>& arguments, void* workspace) {
+    const std::int64_t block = block_rows(shape), width = shape.width;
+    const std::int64_t buffer = with_overhang<T>(block * width);
+    T* const a = static_cast<T*>(workspace);
+    T* const b = a + buffer;
+    T* const sums = b + buffer;
+    T* scratch = sums;
+    for_each_axis(
+        shape, [&](std::int64_t, const Axis& axis) { scratch += padded_matrix<T>(axis.n); });
+    for (T* entry = sums; entry < scratch; ++entry) *entry = 0;
+    for (std::int64_t i = 0; i < width; ++i) arguments.column_sums[i] = 0;
+
+    for (std::int64_t start = 0; start < arguments.rows; start += block) {
+        const std::int64_t left = arguments.rows - start;
+        const std::int64_t rows = left < block ? left : block;
+        copy_scaled<T>(arguments.a + start * width, nullptr, rows, width, a);
+        copy_scaled(arguments.b + start * width, arguments.scale_b, rows, width, b);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            const T* const left_row = arguments.a + (start + r) * width;
+            const T* const right_row = arguments.b + (start + r) * width;
+            T* const __restrict out = arguments.column_sums;
+            for (std::int64_t i = 0; i < width; ++i) out[i] += left_row[i] * right_row[i];
+        }
+        T* sum = sums;
+        for_each_axis(shape, [&](std::int64_t, const Axis& axis) {
+            const std::int64_t n = axis.n, after = axis.after, outer = rows * axis.before;
+            const std::int64_t stride = round_up(n, kLaneCount<T>);
+            if (after == 1) {
+                product<T, true>(sum, stride, a, 1, n, b, n, outer, n, n);
+            } else if (in_between<T>(axis)) {
+                axis_to_end(a, axis, outer, scratch);
+                axis_to_end(b, axis, outer, scratch + buffer);
+                product<T, true>(
+                    sum, stride, scratch, 1, n, scratch + buffer, n, outer * after, n, n);
+            } else {
+                for (std::int64_t k = 0; k < outer; ++k) {
+                    transpose(b + k * n * after, after, n, after, scratch, stride);
+                    product<T, true>(
+                        sum, stride, a + k * n * after, after, 1, scratch, stride, after, n, n);
+                }
+            }
+            sum += padded_matrix<T>(n);
+        });
+    }
+
+    const T* sum = sums;
+    for_each_axis(shape, [&](std::int64_t index, const Axis& axis) {
+        const std::int64_t stride = round_up(axis.n, kLaneCount<T>);
+        for (std::int64_t i = 0; i < axis.n; ++i) {
+            for (std::int64_t j = 0; j < axis.n; ++j) {
+                arguments.grams[index][i * axis.n + j] = sum[i * stride + j];
+            }
+        }
+        sum += padded_matrix<T>(axis.n);
+    });
+}
+
+std::size_t rotate_bytes(const KronShape& shape, std::size_t element) {
+    return element * (element == sizeof(float) ? rotate_elements<float>(shape)
+                                               : rotate_elements<double>(shape));
+}
+
+std::size_t gram_bytes(const KronShape& shape, std::size_t element) {
+    return element * (element == sizeof(float) ? gram_elements<float>(shape)
+                                               : gram_elements<double>(shape));
+}
+
+}  // namespace
+
+inline constexpr KronKernels kKronKernels{rotate_bytes,   gram_bytes,  rotate<float>,
+                                          rotate<double>, gram<float>, gram<double>};
+
+}  // namespace spectral::cpu::SPECTRAL_SIMD_LEVEL

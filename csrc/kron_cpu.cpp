@@ -98,13 +98,15 @@ void rotate(
     T* const target = out.mutable_data_ptr<T>();
     const std::int64_t rows = x.size(0);
     share_rows(
-        rows, thread_count(rows, shape),
-        [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+        rows, thread_count(rows, shape), [&](std::int64_t, std::int64_t begin, std::int64_t end) {
             const Workspace workspace = allocate(bytes);
             const RotateArguments<T> arguments{
-                source + begin * shape.width, target + begin * shape.width,
-                end - begin,                  matrices.data(),
-                transpose,                    pointer<T>(before),
+                source + begin * shape.width,
+                target + begin * shape.width,
+                end - begin,
+                matrices.data(),
+                transpose,
+                pointer<T>(before),
                 pointer<T>(after)};
             if constexpr (std::is_same_v<T, double>) {
                 kernels.rotate_f64(shape, arguments, workspace.get());
@@ -121,25 +123,24 @@ void gram(
     const KronKernels& kernels = active_level().kron;
     const std::size_t bytes = kernels.gram_bytes(shape, sizeof(T));
     T* const sums = partial.mutable_data_ptr<T>();
-    share_rows(
-        a.size(0), threads, [&](std::int64_t thread, std::int64_t begin, std::int64_t end) {
-            const Workspace workspace = allocate(bytes);
-            T* const own = sums + thread * partial.size(1);
-            std::vector<T*> grams;
-            for (std::int64_t i = 0; i < shape.count; ++i) grams.push_back(own + offsets[i]);
-            const GramArguments<T> arguments{
-                pointer<T>(a) + begin * shape.width,
-                pointer<T>(b) + begin * shape.width,
-                end - begin,
-                pointer<T>(scale),
-                grams.data(),
-                own + offsets.back()};
-            if constexpr (std::is_same_v<T, double>) {
-                kernels.gram_f64(shape, arguments, workspace.get());
-            } else {
-                kernels.gram_f32(shape, arguments, workspace.get());
-            }
-        });
+    share_rows(a.size(0), threads, [&](std::int64_t thread, std::int64_t begin, std::int64_t end) {
+        const Workspace workspace = allocate(bytes);
+        T* const own = sums + thread * partial.size(1);
+        std::vector<T*> grams;
+        for (std::int64_t i = 0; i < shape.count; ++i) grams.push_back(own + offsets[i]);
+        const GramArguments<T> arguments{
+            pointer<T>(a) + begin * shape.width,
+            pointer<T>(b) + begin * shape.width,
+            end - begin,
+            pointer<T>(scale),
+            grams.data(),
+            own + offsets.back()};
+        if constexpr (std::is_same_v<T, double>) {
+            kernels.gram_f64(shape, arguments, workspace.get());
+        } else {
+            kernels.gram_f32(shape, arguments, workspace.get());
+        }
+    });
 }
 
 }  // namespace

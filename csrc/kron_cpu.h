@@ -27,8 +27,8 @@ struct RotateArguments {
     const T* scale_after;
 };
 
-// a and b [rows, width], scale_b [width] or null. Out, not added to: grams[i] [dims[i], dims[i]] and
-// column_sums [width].
+// a and b [rows, width], scale_b [width] or null. Out, not added to: grams[i] [dims[i], dims[i]]
+// and column_sums [width].
 template <typename T>
 struct GramArguments {
     const T* a;

@@ -1,11 +1,11 @@
 // The Kronecker kernels of one SIMD level; see simd_vector.h for how this file is included.
 //
-// A few rows at a time are copied to the workspace, where all axes are dealt with while the rows are
-// in the cache. Seen from an axis of n indices a row is [before, n, after]. Everything is a small
-// product of matrices whose columns are cut into vectors:
-//   after >= a vector   y[b] = M^T x[b] for every b; the Gram adds a[b] b[b]^T, with b[b] transposed
-//   after == 1          y = x M with all rows below each other; the Gram adds a^T b
-//   in between          like after == 1, with the axis moved to the end and back
+// A few rows at a time are copied to the workspace, where all axes are dealt with while the rows
+// are in the cache. Seen from an axis of n indices a row is [before, n, after]. Everything is a
+// small product of matrices whose columns are cut into vectors:
+//   after >= a vector   y[b] = M^T x[b] for every b; the Gram adds a[b] b[b]^T, with b[b]
+//   transposed after == 1          y = x M with all rows below each other; the Gram adds a^T b in
+//   between          like after == 1, with the axis moved to the end and back
 //
 // Vectors may reach over the end of a matrix of the workspace, whose buffers have room for that:
 // what is read there ends in columns that nobody looks at, what is written there is overwritten by
@@ -40,8 +40,7 @@ inline void product_tile(
         Vector<T> right[Columns];
 #pragma GCC unroll 4
         for (int j = 0; j < Columns; ++j) {
-            right[j] =
-                *reinterpret_cast<const Unaligned*>(b + k * b_stride + j * kLaneCount<T>);
+            right[j] = *reinterpret_cast<const Unaligned*>(b + k * b_stride + j * kLaneCount<T>);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < Rows; ++i) {
@@ -70,10 +69,17 @@ inline void product_stretch(
     std::int64_t i = 0;
     for (; i + 4 <= rows; i += 4) run(product_tile<T, Accumulate, 4, Columns>, i);
     switch (rows - i) {
-        case 3: run(product_tile<T, Accumulate, 3, Columns>, i); break;
-        case 2: run(product_tile<T, Accumulate, 2, Columns>, i); break;
-        case 1: run(product_tile<T, Accumulate, 1, Columns>, i); break;
-        default: break;
+        case 3:
+            run(product_tile<T, Accumulate, 3, Columns>, i);
+            break;
+        case 2:
+            run(product_tile<T, Accumulate, 2, Columns>, i);
+            break;
+        case 1:
+            run(product_tile<T, Accumulate, 1, Columns>, i);
+            break;
+        default:
+            break;
     }
 }
 
@@ -100,10 +106,18 @@ void product(
             stretch(c + j, c_stride, a, a_row, a_depth, b + j, b_stride, depth, rows);
         };
         switch (take) {
-            case 1: run(product_stretch<T, Accumulate, 1>); break;
-            case 2: run(product_stretch<T, Accumulate, 2>); break;
-            case 3: run(product_stretch<T, Accumulate, 3>); break;
-            default: run(product_stretch<T, Accumulate, SPECTRAL_TILE>); break;
+            case 1:
+                run(product_stretch<T, Accumulate, 1>);
+                break;
+            case 2:
+                run(product_stretch<T, Accumulate, 2>);
+                break;
+            case 3:
+                run(product_stretch<T, Accumulate, 3>);
+                break;
+            default:
+                run(product_stretch<T, Accumulate, SPECTRAL_TILE>);
+                break;
         }
         done += take;
     }
@@ -374,6 +388,8 @@ void gram(const KronShape& shape, const GramArguments<T>& arguments, void* works
                 product<T, true>(
                     sum, stride, scratch, 1, n, scratch + buffer, n, outer * after, n, n);
             } else {
+                // The columns of padding: what lies there may be denormal, which is slow.
+                for (std::int64_t i = 0; i < after * stride; ++i) scratch[i] = 0;
                 for (std::int64_t k = 0; k < outer; ++k) {
                     transpose(b + k * n * after, after, n, after, scratch, stride);
                     product<T, true>(
@@ -402,8 +418,8 @@ std::size_t rotate_bytes(const KronShape& shape, std::size_t element) {
 }
 
 std::size_t gram_bytes(const KronShape& shape, std::size_t element) {
-    return element * (element == sizeof(float) ? gram_elements<float>(shape)
-                                               : gram_elements<double>(shape));
+    return element *
+           (element == sizeof(float) ? gram_elements<float>(shape) : gram_elements<double>(shape));
 }
 
 }  // namespace

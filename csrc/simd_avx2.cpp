@@ -14,6 +14,7 @@
 #define SPECTRAL_SIMD_BYTES 32
 #define SPECTRAL_TILE 3
 #include "simd_vector.h"
+
 #include "cayley_cpu_kernels.h"
 #include "kron_cpu_kernels.h"
 

@@ -15,6 +15,7 @@
 #define SPECTRAL_SIMD_BYTES 64
 #define SPECTRAL_TILE 4
 #include "simd_vector.h"
+
 #include "cayley_cpu_kernels.h"
 #include "kron_cpu_kernels.h"
 

@@ -1,5 +1,5 @@
-// Vector types of one SIMD level. Included by simd_{baseline,avx2,avx512}.cpp inside a region compiled
-// for that level, before the kernels, with these macros set:
+// Vector types of one SIMD level. Included by simd_{baseline,avx2,avx512}.cpp inside a region
+// compiled for that level, before the kernels, with these macros set:
 //   SPECTRAL_SIMD_LEVEL  namespace of the level
 //   SPECTRAL_SIMD_BYTES  width of a vector register
 //   SPECTRAL_TILE        vectors in a row of the register tile (4 rows deep)

@@ -84,9 +84,7 @@ def _row(name: str, device: str) -> OpBackend:
 
 
 def _why_reference(name: str, device: str) -> str:
-    if name.startswith("kron"):
-        if device == "cpu":
-            return "plain PyTorch is the CPU implementation of this op"
+    if name.startswith("kron") and device == "cuda":
         return STATUS["triton"].reason
     extension = STATUS["extension"]
     if not extension.loaded:

@@ -1,8 +1,11 @@
-"""The compiled Cayley ops: the CPU kernels at every SIMD level, the CUDA algorithm on the host."""
+"""The compiled ops: the CPU kernels at every SIMD level, the CUDA Cayley algorithm on the host."""
 
 import ctypes
 import shutil
 import subprocess
+import sys
+from itertools import product
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,9 @@ import torch
 from support import assert_near
 
 from spectral_kernels import backend_report
+from spectral_kernels.ops import OPS
 from spectral_kernels.ops.cayley import cayley_bwd_reference, cayley_fwd_reference
+from spectral_kernels.ops.kron import kron_gram_reference, kron_rotate_reference
 
 REASON = "the extension is not built: SPECTRAL_BUILD_EXT=cpu pip install --no-build-isolation ."
 extension = pytest.importorskip("spectral_kernels._C", reason=REASON)
@@ -81,14 +86,17 @@ def structured_skews(n):
 
 
 def test_the_dispatcher_runs_the_extension():
-    rows = {row.op: row for row in backend_report().rows if row.device == "cpu"}
-    assert rows["cayley_fwd"].implementation == "c++"
-    assert rows["cayley_bwd"].implementation == "c++"
+    rows = [row for row in backend_report().rows if row.device == "cpu"]
+    assert {row.op for row in rows if row.implementation == "c++"} == set(OPS)
 
 
 def test_build_info_says_what_was_built():
     info = extension.build_info()
-    assert set(info) == {"compiler", "cxx_standard", "torch", "simd", "cuda", "cuda_architectures"}
+    assert set(info) == {
+        *("compiler", "cxx_standard", "torch", "simd", "multithreaded", "cuda"),
+        "cuda_architectures",
+    }
+    assert info["multithreaded"] == (sys.platform == "linux" and info["compiler"][:3] == "gcc")
     assert info["simd"] == extension._simd_levels()[0]
     assert extension._simd_levels()[-1] == "baseline"
     assert torch.__version__.split("+")[0] == info["torch"]
@@ -271,6 +279,121 @@ def test_forward_refuses(arguments, error, message):
 def test_backward_refuses(grad, rotation, error, message):
     with pytest.raises(error, match=message):
         op.cayley_bwd([grad], [rotation])
+
+
+# Axes narrower than a vector, one vector wide, wider; with little, nothing and much behind them.
+KRON_DIMS = [
+    *((1,), (5,), (17,), (128,), (1, 8), (8, 2), (7, 1, 3), (3, 4), (16, 20), (20, 32), (33, 40)),
+    *((70, 2), (64, 3), (3, 128), (2, 3, 5), (4, 5, 16), (5, 3, 17), (2, 2, 2, 2)),
+]
+# Rows per thread below, at and above those of a block; none at all.
+KRON_ROWS = [0, 1, 7, 130]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dims", KRON_DIMS)
+def test_kron_rotate_at_every_level(level, dims, dtype):
+    width, wide = prod(dims), torch.promote_types(dtype, torch.float32)
+    factors = [torch.randn(n, n, dtype=wide) / n**0.5 for n in dims]
+    scale = torch.randn(width, dtype=wide)
+    for rows, transpose, before, after in product(KRON_ROWS, *[(False, True)] * 3):
+        x = torch.randn(rows, width, dtype=wide).to(dtype)
+        scales = [scale if before else None, scale if after else None]
+        actual = op.kron_rotate(x, factors, transpose, *scales)
+        assert actual.dtype == dtype and actual.shape == x.shape
+        expected = kron_rotate_reference(
+            x.double(),
+            [f.double() for f in factors],
+            transpose,
+            *(s if s is None else s.double() for s in scales),
+        )
+        assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dims", KRON_DIMS)
+def test_kron_gram_at_every_level(level, dims, dtype):
+    width, wide = prod(dims), torch.promote_types(dtype, torch.float32)
+    for rows, scaled in product(KRON_ROWS, (False, True)):
+        a, b = (torch.randn(rows, width, dtype=wide).to(dtype) for _ in range(2))
+        scale = torch.randn(width, dtype=wide) if scaled else None
+        expected = kron_gram_reference(
+            a.double(), b.double(), list(dims), None if scale is None else scale.double()
+        )
+        for actual, exact in zip(op.kron_gram(a, b, list(dims), scale), expected, strict=True):
+            assert actual.dtype == wide
+            assert_near(actual, exact)
+
+
+def test_kron_padding_is_never_read(level):
+    """Whatever a freed block of memory holds, NaN or denormal, must not reach a result."""
+    for dims in KRON_DIMS:
+        width = prod(dims)
+        x, factors = torch.randn(33, width), [torch.randn(n, n) for n in dims]
+        results = []
+        for filling in (0.0, torch.nan):
+            trash = [torch.full((size,), filling) for size in (1000, 10_000, 100_000) * 3]
+            del trash
+            results.append(
+                [
+                    op.kron_rotate(x, factors, False, None, None),
+                    *op.kron_gram(x, x, list(dims), None),
+                ]
+            )
+        assert all(map(torch.equal, *results))
+
+
+def test_kron_thread_counts_agree(threads):
+    x, factors = torch.randn(500, 1280), [torch.randn(32, 32), torch.randn(40, 40)]
+    threads(1)
+    rotated = op.kron_rotate(x, factors, False, None, None)
+    grams = op.kron_gram(x, x, [32, 40], None)
+    for count in (2, 3, 5):
+        threads(count)
+        assert torch.equal(op.kron_rotate(x, factors, False, None, None), rotated)
+        for actual, expected in zip(op.kron_gram(x, x, [32, 40], None), grams, strict=True):
+            assert_near(actual, expected.double())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: op.kron_rotate(torch.zeros(2, 6), [], False, None, None), ValueError, "factors"),
+        (
+            lambda: op.kron_rotate(torch.zeros(2, 6), [torch.eye(5)], False, None, None),
+            ValueError,
+            r"x must have shape \[M, 5\]; got \[2, 6\]",
+        ),
+        (
+            lambda: op.kron_rotate(torch.zeros(2, 6), [torch.zeros(6, 1)], False, None, None),
+            ValueError,
+            "factors must be square",
+        ),
+        (
+            lambda: op.kron_rotate(torch.zeros(2, 6), [torch.eye(6)], False, torch.zeros(5), None),
+            ValueError,
+            r"scale_before must have shape \[6\]; got \[5\]",
+        ),
+        (
+            lambda: op.kron_rotate(torch.zeros(2, 6).int(), [torch.eye(6)], False, None, None),
+            TypeError,
+            "x must be floating-point",
+        ),
+        (
+            lambda: op.kron_gram(torch.zeros(2, 6), torch.zeros(3, 6), [6], None),
+            ValueError,
+            "b must have as many rows as a, 2; got 3",
+        ),
+        (
+            lambda: op.kron_gram(torch.zeros(2, 6), torch.zeros(2, 6), [0, 6], None),
+            ValueError,
+            "dims must have sizes of at least 1",
+        ),
+    ],
+)
+def test_kron_refuses(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 # The CUDA algorithm, thread after thread on the host: see tests/cayley_cuda_on_host.cpp.

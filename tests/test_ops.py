@@ -5,8 +5,10 @@ import torch
 from support import assert_near, dense_kron, random_rotation
 
 import spectral_kernels
+from spectral_kernels._overrides import STATUS
 from spectral_kernels.ops import OPS
 from spectral_kernels.ops.cayley import cayley_bwd_reference, cayley_fwd_reference
+from spectral_kernels.ops.kron import kron_gram_reference, kron_rotate_reference
 
 op = torch.ops.spectral
 
@@ -123,7 +125,8 @@ KRON_DIMS = [(1,), (7,), (2, 3), (3, 2), (8, 8, 10), (1, 5), (32, 40), (2, 3, 5,
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dims", KRON_DIMS)
-def test_kron_rotate_values(dims, dtype):
+@pytest.mark.parametrize("rotate", [op.kron_rotate, kron_rotate_reference], ids=["op", "reference"])
+def test_kron_rotate_values(rotate, dims, dtype):
     factors = [random_rotation(n) for n in dims]
     k = dense_kron(factors).shape[0]
     x = torch.randn(6, k, dtype=torch.float64).to(dtype)
@@ -134,19 +137,20 @@ def test_kron_rotate_values(dims, dtype):
         dense, before, after = dense_kron(factors), before.double(), after.double()
     for transpose in (False, True):
         matrix = dense.mT if transpose else dense
-        plain = op.kron_rotate(x, stored, transpose, None, None)
+        plain = rotate(x, stored, transpose, None, None)
         assert_near(plain, x.double() @ matrix)
-        scaled = op.kron_rotate(x, stored, transpose, before, after)
+        scaled = rotate(x, stored, transpose, before, after)
         assert_near(scaled, ((x.double() * before.double()) @ matrix) * after.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dims", KRON_DIMS)
-def test_kron_gram_values(dims, dtype):
+@pytest.mark.parametrize("grams_of", [op.kron_gram, kron_gram_reference], ids=["op", "reference"])
+def test_kron_gram_values(grams_of, dims, dtype):
     k = torch.Size(dims).numel()
     a, b = (torch.randn(6, k, dtype=torch.float64).to(dtype) for _ in range(2))
     scale = torch.randn(k, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    *grams, column_sums = op.kron_gram(a, b, list(dims), scale)
+    *grams, column_sums = grams_of(a, b, list(dims), scale)
     wide_a, wide_b = a.double().view(6, *dims), (b.double() * scale.double()).view(6, *dims)
     for axis, gram in enumerate(grams):
         assert gram.dtype == scale.dtype
@@ -174,4 +178,5 @@ def test_backend_report_tells_every_op_and_why():
     for name in OPS:
         assert name in text
     if not torch.cuda.is_available():
-        assert report["kron_rotate"].implementation == "reference"
+        expected = "c++" if STATUS["extension"].loaded else "reference"
+        assert {row.implementation for row in report.values()} == {expected}

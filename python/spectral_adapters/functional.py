@@ -32,7 +32,6 @@ from spectral_adapters.autograd import (
 )
 from spectral_adapters.planner import PLANS, choose_plan
 from spectral_kernels.ops.cayley import packed_length
-from spectral_kernels.ops.kron import accumulation_dtype, rotate_axis
 
 __all__ = [
     "SpectralBasis",
@@ -201,28 +200,10 @@ def rotated_linear(
     """
     if on_tokens and subtract is not None:
         raise ValueError("subtract must be None when on_tokens is True; got a tensor")
-    if on_tokens and x.device.type == "cpu":
-        # Tokens are rotated where they are few: autograd's own C++ nodes take less time than
-        # entering a Python Function, and kron_rotate has no faster code for the CPU.
-        return linear(_rotate_tokens(x, scale, factors, transpose), matrix.to(x.dtype), bias)
     y, _ = apply(
         RotatedLinearFunction, x, scale, matrix, subtract, bias, transpose, on_tokens, *factors
     )
     return y
-
-
-def _rotate_tokens(
-    x: Tensor, scale: Tensor | None, factors: Sequence[Tensor], transpose: bool
-) -> Tensor:
-    """``(x * scale) Q^T`` [..., k] for ``Q = R`` or ``R^T``, by autograd's own nodes."""
-    dtype = accumulation_dtype(x.dtype)
-    t = x.reshape(-1, x.shape[-1]).to(dtype)
-    if scale is not None:
-        t = t * scale.to(dtype)
-    dims = [factor.shape[0] for factor in factors]
-    for axis, factor in enumerate(factors):
-        t = rotate_axis(t, (factor if transpose else factor.mT).to(dtype), axis, dims)
-    return t.to(x.dtype).view(x.shape)
 
 
 def soda_linear(

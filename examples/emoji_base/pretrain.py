@@ -665,9 +665,9 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "sheet": run_sheet,
 }
 DEFAULTS = {
-    "vae": {"batch": 16, "lr": 8e-4, "minutes": 30.0, "ema": 0.99, "decay": 0.0, "warmup": 100},
+    "vae": {"batch": 8, "lr": 7e-4, "minutes": 32.0, "ema": 0.99, "decay": 0.0, "warmup": 100},
     "decoder": {"batch": 8, "lr": 5e-4, "minutes": 10.0, "ema": 0.99, "decay": 0.0, "warmup": 20},
-    "unet": {"batch": 64, "lr": 1e-3, "minutes": 55.0, "ema": 0.9995, "decay": 0.01, "warmup": 300},
+    "unet": {"batch": 64, "lr": 1e-3, "minutes": 60.0, "ema": 0.9995, "decay": 0.01, "warmup": 300},
 }
 
 

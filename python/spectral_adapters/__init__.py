@@ -1,7 +1,22 @@
 """Spectral fine-tuning of pretrained models: exact, fast, drop-in."""
 
 from spectral_adapters import functional
-from spectral_adapters.modules import SODAConv2d, SODALinear
+from spectral_adapters.modules import (
+    SODAConv2d,
+    SODALinear,
+    SpectralAdapterALinear,
+    SpectralAdapterRLinear,
+    SVDiffLinear,
+)
 from spectral_adapters.optim import StiefelAdam, StiefelSGD
 
-__all__ = ["SODAConv2d", "SODALinear", "StiefelAdam", "StiefelSGD", "functional"]
+__all__ = [
+    "SODAConv2d",
+    "SODALinear",
+    "SVDiffLinear",
+    "SpectralAdapterALinear",
+    "SpectralAdapterRLinear",
+    "StiefelAdam",
+    "StiefelSGD",
+    "functional",
+]

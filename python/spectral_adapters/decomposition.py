@@ -13,7 +13,9 @@ An adapter that rotates them means something only together with the basis it was
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +30,14 @@ _SIGN_TIE = 1e-4
 #: Bases whose sketches differ by less than this (relative) give the same adapted weight to about
 #: the same relative error of the change it makes.
 BASIS_TOLERANCE = 1e-3
+
+#: Which singular triples: the named ones are counted from that end of the spectrum.
+COLUMNS = ("top", "bottom")
+ALGORITHMS = ("randomized", "full")
+
+#: Extra columns and passes of the randomized SVD.
+_OVERSAMPLING = 16
+_ITERATIONS = 4
 
 _SKETCH_SIZE = 16
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -66,6 +76,192 @@ def decompose(weight: Tensor, decomposition: str, rotation: str | None) -> Spect
         None if singular_values is None else singular_values.to(dtype),
         right.to(dtype).contiguous(),
     )
+
+
+def select_columns(
+    columns: str | Sequence[int], r: int | None, rank: int, offset: int = 0
+) -> tuple[int, ...]:
+    """Indices of r singular triples, counted from the largest singular value.
+
+    Args:
+        columns: "top", "bottom", or the indices themselves, in any order.
+        r: how many; None is 8 for the named ones and the number of the indices for these.
+        rank: how many there are, min(out, in).
+        offset: leave out this many at the named end.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
+        raise ValueError(f"offset must be an int of at least 0; got {offset!r}")
+    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        raise ValueError(f"r must be an int of at least 1; got {r!r}")
+    if isinstance(columns, str):
+        check_choice("columns", columns, COLUMNS)
+        r = 8 if r is None else r
+        if offset + r > rank:
+            raise ValueError(
+                f"r + offset must be at most the rank {rank}, min(out, in); got {r} + {offset}"
+            )
+        start = offset if columns == "top" else rank - offset - r
+        return tuple(range(start, start + r))
+    indices = tuple(columns)
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"columns must hold ints; got {index!r}")
+    if (
+        not indices
+        or len(set(indices)) < len(indices)
+        or not 0 <= min(indices) <= max(indices) < rank
+    ):
+        raise ValueError(
+            f"columns must hold different indices from 0 to {rank - 1}, the rank less one; "
+            f"got {indices!r}"
+        )
+    if r not in (None, len(indices)):
+        raise ValueError(f"r must be None or the number of columns, {len(indices)}; got {r!r}")
+    if offset:
+        raise ValueError(f"offset must be 0 when columns holds indices; got {offset}")
+    return indices
+
+
+def decompose_columns(
+    weight: Tensor, columns: Sequence[int], algorithm: str = "randomized"
+) -> SpectralBasis:
+    """The chosen singular triples of a weight, canonical, in fp32 (fp64 for an fp64 weight).
+
+    "randomized" is the subspace iteration of Halko, Martinsson and Tropp (SIAM Review 53, 2011,
+    algorithms 4.4 and 5.1) with a fixed sketch, so that it finds the same triples everywhere.
+    They approximate the leading ones, best where the spectrum falls; the columns are orthonormal
+    in any case. Where it would not be cheaper, the full SVD is taken.
+
+    Args:
+        weight: [out, in], finite, any floating dtype; its exact bits are decomposed in float64.
+        columns: r indices, counted from the largest singular value.
+        algorithm: "randomized" or "full".
+
+    Returns:
+        ``left`` [out, r], ``singular_values`` [r], ``right`` [r, in].
+
+    Raises:
+        TypeError, ValueError: not a finite floating-point matrix with data, or an unknown option.
+    """
+    check_choice("algorithm", algorithm, ALGORITHMS)
+    check_weight("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have 2 dimensions; got shape {tuple(weight.shape)}")
+    exact = weight.detach().double()
+    chosen = list(select_columns(columns, None, min(exact.shape)))
+    leading = max(chosen) + 1
+    if algorithm == "randomized" and 2 * (leading + _OVERSAMPLING) < min(exact.shape):
+        left, singular_values, right = _leading_svd(exact, leading)
+    else:
+        left, singular_values, right = torch.linalg.svd(exact, full_matrices=False)
+    left, singular_values, right = left[:, chosen], singular_values[chosen], right[chosen]
+    signs = _canonical_signs(left)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return SpectralBasis(
+        (left * signs).to(dtype).contiguous(),
+        singular_values.to(dtype),
+        (right * signs[:, None]).to(dtype).contiguous(),
+    )
+
+
+def _leading_svd(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """About the leading ``count`` singular triples of a float64 matrix."""
+    size = count + _OVERSAMPLING
+    block = matrix @ _random_signs(matrix.shape[1] * size, 4, matrix.device).view(-1, size)
+    for _ in range(_ITERATIONS):
+        block = torch.linalg.qr(block).Q
+        block = matrix @ torch.linalg.qr(matrix.mT @ block).Q
+    basis = torch.linalg.qr(block).Q
+    left, singular_values, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return (basis @ left)[:, :count], singular_values[:count], right[:count]
+
+
+class Factorisation(Protocol):
+    """What frozen factors of a base weight an adapter needs; equal ones can be shared."""
+
+    #: Whether the factors are those of one weight, or the same for all of a shape.
+    of_weight: bool
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fields of the basis of a weight [rows, columns], absent ones left out."""
+
+    def __call__(self, weight: Tensor) -> SpectralBasis:
+        """The basis of a weight [out, in]."""
+
+
+@dataclass(frozen=True)
+class WholeFactorisation:
+    """All of the weight: :func:`decompose`."""
+
+    kind: str
+
+    of_weight = True
+
+    @classmethod
+    def of(cls, decomposition: str, rotation: str | None) -> WholeFactorisation:
+        """Rotations do not matter for an SVD; "qr" is LQ for a right one."""
+        if decomposition == "svd":
+            return cls("svd")
+        return cls("lq" if rotation == "right" else "qr")
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        rank = min(rows, columns)
+        middle = {"singular_values": (rank,)} if self.kind == "svd" else {}
+        return {"left": (rows, rank), **middle, "right": (rank, columns)}
+
+    def __call__(self, weight: Tensor) -> SpectralBasis:
+        if self.kind == "svd":
+            return decompose(weight, "svd", None)
+        return decompose(weight, "qr", "right" if self.kind == "lq" else "left")
+
+
+@dataclass(frozen=True)
+class ColumnFactorisation:
+    """Some singular triples: :func:`decompose_columns`."""
+
+    columns: tuple[int, ...]
+    algorithm: str = "randomized"
+
+    of_weight = True
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        r = len(self.columns)
+        return {"left": (rows, r), "singular_values": (r,), "right": (r, columns)}
+
+    def __call__(self, weight: Tensor) -> SpectralBasis:
+        return decompose_columns(weight, self.columns, self.algorithm)
+
+
+@dataclass(frozen=True)
+class RandomFactorisation:
+    """Orthonormal columns and rows drawn from a seed; the weight gives only its shape."""
+
+    left: int
+    right: int
+    seed: int = 0
+
+    of_weight = False
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {"left": (rows, min(self.left, rows)), "right": (min(self.right, columns), columns)}
+
+    def __call__(self, weight: Tensor) -> SpectralBasis:
+        sizes = self.shapes(*weight.shape)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+        def columns(shape: tuple[int, ...], salt: int) -> Tensor:
+            values = _random_uniform(shape[0] * shape[1], salt, weight.device).view(shape)
+            return _positive_qr(values)[0].to(dtype)
+
+        salt = 5 + 2 * self.seed
+        return SpectralBasis(
+            columns(sizes["left"], salt).contiguous(),
+            None,
+            columns(sizes["right"][::-1], salt + 1).mT.contiguous(),
+        )
 
 
 def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,11 +380,24 @@ def _sketch(matrix: Tensor, salt: int) -> Tensor:
 
 
 def _signs(length: int, salt: int, device: torch.device) -> Tensor:
-    """[16, length] of +-1 from integer arithmetic, the same on every machine and version."""
-    count = torch.arange(_SKETCH_SIZE * length, dtype=torch.int64)
-    mixed = (count + 0x9E3779B9 * (salt + 1)) & 0xFFFFFFFF
+    """[16, length] of +-1, the same on every machine and version."""
+    return _random_signs(_SKETCH_SIZE * length, salt, device).view(_SKETCH_SIZE, length)
+
+
+def _random_signs(count: int, salt: int, device: torch.device) -> Tensor:
+    """[count] of +-1."""
+    return (2 * ((_hash(count, salt) >> 16) & 1) - 1).double().to(device)
+
+
+def _random_uniform(count: int, salt: int, device: torch.device) -> Tensor:
+    """[count] from -1 to 1."""
+    return (_hash(count, salt).double() / 2**31 - 1).to(device)
+
+
+def _hash(count: int, salt: int) -> Tensor:
+    """[count] of 32 random bits from integer arithmetic, the same on every machine and version."""
+    mixed = (torch.arange(count, dtype=torch.int64) + 0x9E3779B9 * (salt + 1)) & 0xFFFFFFFF
     for multiplier in (0x7FEB352D, 0x846CA68B):
         # The product may overflow int64; wrapping around keeps the low 32 bits that are used.
         mixed = ((mixed ^ (mixed >> 16)) * multiplier) & 0xFFFFFFFF
-    bits = (mixed >> 16) & 1
-    return (2 * bits - 1).double().view(_SKETCH_SIZE, length).to(device)
+    return mixed

@@ -38,6 +38,9 @@ __all__ = [
     "cayley",
     "kron_gram",
     "kron_rotate",
+    "low_rank_factors",
+    "low_rank_linear",
+    "low_rank_spectral_linear",
     "rotated_linear",
     "soda_delta_weight",
     "soda_linear",
@@ -55,6 +58,8 @@ class SpectralBasis(NamedTuple):
       V^T``.
     * QR (left rotation): ``left`` Q [out, k], ``right`` T [k, in] upper triangular; ``W0 = Q T``.
     * LQ ("qr" with right rotation): ``left`` L [out, k] lower triangular, ``right`` Q [k, in].
+    * Chosen columns of the SVD: ``left`` U1 [out, r], ``singular_values`` S1 [r], ``right`` V1^T
+      [r, in]; they do not multiply up to the weight.
     """
 
     left: Tensor
@@ -416,6 +421,114 @@ def _rotated_weight(
     """``(U R diag(s) - N) V^T`` [out, in] for a frozen N [out, k] or None."""
     weight, _ = apply(RotatedWeightFunction, spectrum, basis.left, subtract, basis.right, *factors)
     return weight
+
+
+def low_rank_factors(
+    basis: SpectralBasis,
+    *,
+    shifts: tuple[Tensor, Tensor] | None = None,
+    rotations: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A Spectral Adapter's change of the weight as two thin matrices, ``W' - W0 = up @ down``.
+
+    * A (shifts): ``(U1 + A_U) S1 (V1 + A_V)^T - U1 S1 V1^T``, of rank 2r at most;
+    * R (rotations): ``U1 (R_U S1 R_V^T - S1) V1^T``, of rank r at most
+
+    (Zhang and Pilanci, "Spectral Adapter", NeurIPS 2024; the chosen columns have the index 1). The
+    product is exactly zero for zero shifts and for identities, and nothing cancels.
+
+    Args:
+        basis: U1 [out, r], S1 [r], V1^T [r, in].
+        shifts: A_U [out, r] and A_V [in, r].
+        rotations: orthogonal R_U and R_V [r, r].
+
+    Returns:
+        (down [2r or r, in], up [out, 2r or r]), differentiable in shifts or rotations.
+
+    Raises:
+        ValueError: not exactly one of shifts and rotations, or a shape does not fit.
+    """
+    left, singular_values, right = basis
+    if (shifts is None) == (rotations is None):
+        raise ValueError(
+            "exactly one of shifts and rotations must be given; "
+            f"got {'neither' if shifts is None else 'both'}"
+        )
+    if singular_values is None:
+        raise ValueError("basis.singular_values must be a tensor [r]; got None")
+    r = len(singular_values)
+    if shifts is not None:
+        _check_shapes("shifts", shifts, ((left.shape[0], r), (right.shape[1], r)))
+        shift_left, shift_right = shifts
+        turned = shift_right.mT
+        down = torch.cat([turned, right + turned])
+        return down, torch.cat([left * singular_values, shift_left * singular_values], 1)
+    assert rotations is not None
+    _check_shapes("rotations", rotations, ((r, r), (r, r)))
+    rotation_left, rotation_right = rotations
+    middle = (rotation_left * singular_values) @ rotation_right.mT - torch.diag(singular_values)
+    return right, left @ middle
+
+
+def low_rank_linear(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """``x (up @ down)^T``: x [..., in], down [q, in], up [out, q] to [..., out].
+
+    In the dtype of x (the autocast dtype under autocast); GEMMs as in :func:`soda_linear`.
+    """
+    result, work = product_dtypes(x, down)
+    with without_autocast(x.device):
+        return linear(linear(x.to(work), down.to(work)), up.to(work)).to(result)
+
+
+def low_rank_spectral_linear(
+    x: Tensor,
+    weight: Tensor,
+    basis: SpectralBasis,
+    *,
+    shifts: tuple[Tensor, Tensor] | None = None,
+    rotations: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x W'^T + bias`` for Spectral Adapter A (shifts) or R (rotations), at the cost of a LoRA.
+
+    ``W' = W0 + up @ down`` is never built; see :func:`low_rank_factors` for the formulas.
+
+    Args:
+        x: [..., in].
+        weight: frozen W0 [out, in].
+        basis: chosen columns of its SVD, U1 [out, r], S1 [r], V1^T [r, in].
+        shifts: A_U [out, r] and A_V [in, r].
+        rotations: orthogonal R_U and R_V [r, r].
+        bias: [out] or None.
+
+    Returns:
+        [..., out] in the dtype of x (the autocast dtype under autocast).
+
+    Raises:
+        TypeError, ValueError: a shape does not fit, or not exactly one of shifts and rotations.
+    """
+    check_tensor("weight", weight, ndim=2)
+    check_tensor("x", x)
+    check_last_dimension("x", x, weight.shape[1], "the layer's in_features")
+    down, up = low_rank_factors(basis, shifts=shifts, rotations=rotations)
+    _check_shapes("basis", (up, down.mT), ((weight.shape[0], -1), (weight.shape[1], -1)))
+    result, work = product_dtypes(x, weight)
+    with without_autocast(x.device):
+        y = linear(x.to(work), weight.to(work), None if bias is None else bias.to(work))
+    return y.to(result) + low_rank_linear(x, down, up)
+
+
+def _check_shapes(
+    argument: str, values: Sequence[Tensor], shapes: Sequence[tuple[int, int]]
+) -> None:
+    """Raise ``ValueError`` unless the matrices have these shapes; -1 allows any size."""
+    for i, (value, shape) in enumerate(zip(values, shapes, strict=True)):
+        check_tensor(f"{argument}[{i}]", value, ndim=2)
+        if any(wanted not in (-1, size) for size, wanted in zip(value.shape, shape, strict=True)):
+            expected = tuple("any" if size == -1 else size for size in shape)
+            raise ValueError(
+                f"{argument}[{i}] must have shape {expected}; got {tuple(value.shape)}"
+            )
 
 
 def _diagonal(values: Tensor, like: Tensor) -> Tensor:

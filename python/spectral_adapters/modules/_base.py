@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,16 @@ class SpectralModule(nn.Module):
     fingerprint: Tensor
 
     _FROZEN = ("left", "singular_values", "right")
+    #: Children that are cast as asked, like any layer.
+    _CASTABLE: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, save_factors: bool) -> None:
         super().__init__()
         self.save_factors = save_factors
+        self.register_state_dict_post_hook(_leave_out_frozen)
 
     def _set_basis(self, weight: Tensor, basis: SpectralBasis) -> None:
-        for name, value in zip(self._FROZEN, basis, strict=True):
+        for name, value in zip(SpectralBasis._fields, basis, strict=True):
             frozen = None if value is None else nn.Parameter(value, requires_grad=False)
             self.register_parameter(name, frozen)
         fingerprint = Fingerprint.of(weight, basis).to_tensor().to(weight.device)
@@ -60,15 +63,15 @@ class SpectralModule(nn.Module):
                 return moved
             return tensor.to(moved.device)
 
-        return super()._apply(keep_precision, recurse)
+        if recurse:
+            for name, child in self.named_children():
+                child._apply(fn if name in self._CASTABLE else keep_precision)
+        return super()._apply(keep_precision, recurse=False)
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.save_factors:
-            for name in self._FROZEN:
-                destination.pop(prefix + name, None)
+    def _frozen(self) -> dict[str, Tensor]:
+        """What ``save_factors`` decides on, by its name in the state dict."""
+        here = dict(self.named_parameters())
+        return {name: here[name].detach() for name in self._FROZEN if name in here}
 
     def _load_from_state_dict(
         self,
@@ -89,10 +92,8 @@ class SpectralModule(nn.Module):
                 layer = prefix.rstrip(".") or type(self).__name__
                 error_msgs.append(f"{layer}: this adapter is refused, {reason}")
                 return
-            for name in self._FROZEN:
-                own = getattr(self, name)
-                if own is not None:
-                    state_dict[prefix + name] = own.detach()
+            for name, own in self._frozen().items():
+                state_dict[prefix + name] = own
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -102,3 +103,11 @@ class SpectralModule(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+
+
+def _leave_out_frozen(
+    module: SpectralModule, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    if not module.save_factors:
+        for name in module._FROZEN:
+            state_dict.pop(prefix + name, None)

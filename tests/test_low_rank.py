@@ -1,0 +1,275 @@
+"""Spectral Adapters A and R and SVDiff as stand-alone layers: definition, identity, persistence."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from support import assert_near, random_rotation
+from torch import nn
+
+from spectral_adapters import SpectralAdapterALinear, SpectralAdapterRLinear, SVDiffLinear
+from spectral_adapters.decomposition import decompose_columns, select_columns
+from spectral_adapters.functional import (
+    SpectralBasis,
+    cayley,
+    low_rank_factors,
+    low_rank_spectral_linear,
+)
+
+LAYERS = [SpectralAdapterALinear, SpectralAdapterRLinear]
+SHAPES = [(12, 20), (20, 12), (7, 13), (1, 5), (5, 1)]
+
+
+def trained(layer, scale=0.3):
+    """The layer away from the identity."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, scale)
+    return layer
+
+
+def dense_weight(layer):
+    """The definition of W' in float64."""
+    left, singular_values, right = (part.double() for part in layer.basis)
+    base, middle = layer.base.weight.double(), torch.diag(singular_values)
+    if isinstance(layer, SpectralAdapterALinear):
+        shift_left, shift_right = layer.shift_left.double(), layer.shift_right.double()
+        changed = (left + shift_left) @ middle @ (right.mT + shift_right).mT
+    else:
+        r = len(singular_values)
+        packed = (layer.rotation_left, layer.rotation_right)
+        turn_left, turn_right = (cayley(p[None].double(), r)[0] for p in packed)
+        changed = left @ turn_left @ middle @ turn_right.mT @ right
+    return base + changed - left @ middle @ right
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cls", LAYERS)
+def test_values_and_gradients_against_the_definition(cls, shape):
+    out_features, in_features = shape
+    base = nn.Linear(in_features, out_features).double()
+    layer = cls.from_linear(base, r=min(4, *shape))
+    x = torch.randn(3, 4, in_features, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(layer(x), base(x))
+    assert torch.count_nonzero(layer.get_delta_weight()) == 0
+    assert torch.equal(layer.merged_weight(), base.weight)
+
+    trained(layer)
+    dense = dense_weight(layer)
+    torch.testing.assert_close(layer.merged_weight(), dense, rtol=1e-12, atol=1e-12)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    expected_y = x @ dense.mT + base.bias
+    expected = torch.autograd.grad(expected_y.sin().sum(), wanted)
+    y = layer(x)
+    torch.testing.assert_close(y, expected_y, rtol=1e-12, atol=1e-12)
+    for actual, exact in zip(torch.autograd.grad(y.sin().sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(layer.to_linear()(x), expected_y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_every_trained_parameter_moves_from_the_identity(cls):
+    layer = cls.from_linear(nn.Linear(9, 6), r=3)
+    x, target = torch.randn(8, 9), torch.randn(8, 6)
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(30):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.count_nonzero(p) for p in layer.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in layer.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cls", LAYERS)
+def test_half_precision_bases_keep_trained_numbers_in_fp32(cls, dtype):
+    base = nn.Linear(20, 12).to(dtype)
+    layer = cls.from_linear(base, r=3)
+    x = torch.randn(5, 20).to(dtype)
+    assert torch.equal(layer(x), base(x))
+    trained(layer)
+    y = layer(x)
+    assert y.dtype == dtype
+    exact = x.double() @ dense_weight(layer).mT + base.bias.double()
+    assert_near(y, exact, factor=2)
+    wide = {name: p for name, p in layer.named_parameters() if not name.startswith("base.")}
+    assert {p.dtype for p in wide.values()} == {torch.float32}
+    layer.to(torch.float32).to(dtype)
+    assert layer.base.weight.dtype == dtype
+    assert layer.left.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_the_base_weight_is_shared_not_copied(cls):
+    base = nn.Linear(20, 12)
+    layer = cls.from_linear(base, r=3)
+    assert layer.base.weight.data_ptr() == base.weight.data_ptr()
+    assert base.weight.requires_grad and not layer.base.weight.requires_grad
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_autocast_and_compile(cls):
+    layer = trained(cls.from_linear(nn.Linear(20, 12), r=3))
+    x = torch.randn(5, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).sum().backward()
+
+
+@pytest.mark.parametrize("save_factors", [True, False])
+@pytest.mark.parametrize("cls", LAYERS)
+def test_reload_keeps_the_trained_layer(cls, save_factors):
+    base = nn.Linear(20, 12)
+    layer = trained(cls.from_linear(base, r=3, save_factors=save_factors))
+    x = torch.randn(5, 20)
+    expected = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), expected)
+    state = layer.state_dict()
+    assert ("base.weight" in state) == ("left" in state) == save_factors
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    fresh = cls.from_linear(base, r=3, save_factors=save_factors)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(fresh(x), expected)
+    other = cls.from_linear(nn.Linear(20, 12), r=3, save_factors=save_factors)
+    if save_factors:
+        other.load_state_dict(state)
+        assert torch.equal(other(x), expected)
+    else:
+        with pytest.raises(RuntimeError, match=r"refused.*another base weight"):
+            other.load_state_dict(state)
+
+
+def test_svdiff_is_the_published_formula():
+    base = nn.Linear(9, 6).double()
+    layer = SVDiffLinear.from_linear(base)
+    x = torch.randn(4, 9, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), base(x), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        layer.delta.normal_(0, 1)
+    left, singular_values, right = torch.linalg.svd(base.weight, full_matrices=False)
+    dense = left @ torch.diag((singular_values + layer.delta).relu()) @ right
+    torch.testing.assert_close(layer.merged_weight(), dense, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), x @ dense.mT + base.bias, rtol=1e-12, atol=1e-12)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["delta"]
+    assert isinstance(SVDiffLinear(9, 6)(torch.randn(2, 9)), torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("columns", "r", "offset", "expected"),
+    [
+        ("top", 3, 0, (0, 1, 2)),
+        ("top", 3, 4, (4, 5, 6)),
+        ("bottom", 3, 0, (7, 8, 9)),
+        ("bottom", 3, 2, (5, 6, 7)),
+        ([8, 1], None, 0, (8, 1)),
+        ([8, 1], 2, 0, (8, 1)),
+        ("top", None, 0, tuple(range(8))),
+    ],
+)
+def test_selected_columns(columns, r, offset, expected):
+    assert select_columns(columns, r, 10, offset) == expected
+    layer = SpectralAdapterALinear.from_linear(
+        nn.Linear(10, 11), r=r, columns=columns, offset=offset, algorithm="full"
+    )
+    values = torch.linalg.svdvals(layer.base.weight)
+    torch.testing.assert_close(layer.singular_values, values[list(expected)])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"r": 11}, ValueError, r"r \+ offset must be at most the rank 10.*got 11 \+ 0"),
+        ({"r": 4, "offset": 7}, ValueError, r"r \+ offset must be at most the rank 10"),
+        ({"r": 0}, ValueError, "r must be an int of at least 1; got 0"),
+        ({"r": True}, ValueError, "r must be an int"),
+        ({"offset": -1}, ValueError, "offset must be an int of at least 0; got -1"),
+        ({"columns": "middle"}, ValueError, "columns must be one of 'top', 'bottom'"),
+        ({"columns": [1, 1]}, ValueError, "columns must hold different indices from 0 to 9"),
+        ({"columns": [10]}, ValueError, "columns must hold different indices from 0 to 9"),
+        ({"columns": []}, ValueError, "columns must hold different indices"),
+        ({"columns": [0.5]}, TypeError, "columns must hold ints; got 0.5"),
+        ({"columns": [1, 2], "r": 3}, ValueError, "r must be None or the number of columns, 2"),
+        ({"columns": [1, 2], "offset": 3}, ValueError, "offset must be 0"),
+        ({"algorithm": "exact"}, ValueError, "algorithm must be one of 'randomized', 'full'"),
+    ],
+)
+def test_bad_options_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        SpectralAdapterALinear.from_linear(nn.Linear(10, 11), **options)
+
+
+@pytest.mark.parametrize("cls", [*LAYERS, SVDiffLinear])
+def test_bad_layers_are_refused(cls):
+    with pytest.raises(TypeError, match=r"linear must be a torch.nn.Linear; got Conv2d"):
+        cls.from_linear(nn.Conv2d(1, 1, 1))
+    broken = nn.Linear(10, 10)
+    broken.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="weight must be finite"):
+        cls.from_linear(broken)
+    with pytest.raises(ValueError, match="meta device"):
+        cls.from_linear(nn.Linear(10, 10, device="meta"))
+
+
+def falling_spectrum(rows, columns, decay):
+    rank = min(rows, columns)
+    left, right = (torch.linalg.qr(torch.randn(n, rank).double()).Q for n in (rows, columns))
+    return (left * decay ** torch.arange(rank).double()) @ right.mT
+
+
+def test_randomized_columns_are_those_of_the_full_decomposition():
+    weight = falling_spectrum(120, 200, 0.8)
+    chosen = (0, 1, 5, 9)
+    fast = decompose_columns(weight, chosen)
+    exact = decompose_columns(weight, chosen, "full")
+    for actual, expected in zip(fast, exact, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_randomized_columns_of_a_flat_spectrum_stay_orthonormal_and_near_the_top():
+    weight = torch.randn(200, 160)
+    fast = decompose_columns(weight, range(8))
+    for columns in (fast.left, fast.right.mT):
+        torch.testing.assert_close(columns.mT @ columns, torch.eye(8), rtol=0, atol=1e-5)
+    exact = torch.linalg.svdvals(weight)[:8]
+    assert bool((fast.singular_values > 0.97 * exact).all())
+
+
+def test_randomized_columns_do_not_depend_on_the_state_of_the_generator():
+    weight = torch.randn(100, 90)
+    torch.manual_seed(1)
+    first = decompose_columns(weight, range(4))
+    torch.manual_seed(2)
+    second = decompose_columns(weight, range(4))
+    assert all(map(torch.equal, first, second))
+
+
+def test_low_rank_function_refuses_what_does_not_fit():
+    basis = SpectralBasis(torch.eye(5)[:, :2], torch.ones(2), torch.eye(4)[:2])
+    rotation = random_rotation(2, dtype=torch.float32)
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    low_rank_spectral_linear(x, weight, basis, rotations=(rotation, rotation))
+    with pytest.raises(ValueError, match=r"exactly one of shifts and rotations.*neither"):
+        low_rank_factors(basis)
+    with pytest.raises(ValueError, match=r"rotations\[1\] must have shape \(2, 2\); got \(3, 3\)"):
+        low_rank_factors(basis, rotations=(rotation, torch.eye(3)))
+    with pytest.raises(ValueError, match=r"shifts\[0\] must have shape \(5, 2\); got \(4, 2\)"):
+        low_rank_factors(basis, shifts=(torch.zeros(4, 2), torch.zeros(4, 2)))
+    with pytest.raises(ValueError, match="basis"):
+        low_rank_spectral_linear(
+            x, torch.randn(6, 4), basis, shifts=(torch.zeros(5, 2), torch.zeros(4, 2))
+        )
+    with pytest.raises(ValueError, match="x must have last dimension 4"):
+        low_rank_spectral_linear(x[:, :3], weight, basis, rotations=(rotation, rotation))

@@ -27,7 +27,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import spectral_adapters.peft  # noqa: E402
 from spectral_adapters.factors import PUBLISHED_FACTORS  # noqa: E402
 from spectral_adapters.peft import (  # noqa: E402
     SODAConfig,
@@ -918,8 +917,8 @@ def test_configs_survive_json(tmp_path):
 
 
 def test_layers_that_cannot_be_adapted_are_refused_by_name():
-    base = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
-    with pytest.raises(ValueError, match=r"'0', a Embedding: it supports torch\.nn\.Linear, trans"):
+    base = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    with pytest.raises(ValueError, match=r"'0', a LayerNorm: it supports torch\.nn\.Linear, trans"):
         get_peft_model(copy.deepcopy(base), SODAConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match=r"'2\.out_proj'.*uses its weight without calling it"):
         get_peft_model(copy.deepcopy(base), SODAConfig(target_modules=["out_proj"]))
@@ -934,11 +933,6 @@ def test_layers_that_cannot_be_adapted_are_refused_by_name():
     broken[0].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="must be finite"):
         get_peft_model(broken, SODAConfig(target_modules=["0"]))
-
-
-def test_the_export_list_is_frozen():
-    exported = ["SODAConfig", "load_adapter", "refresh_factors", "save_adapter"]
-    assert sorted(spectral_adapters.peft.__all__) == exported
 
 
 def test_registering_twice_and_registering_what_peft_has():

@@ -31,7 +31,8 @@ class SpectralModule(nn.Module):
     right: Tensor
     fingerprint: Tensor
 
-    _FROZEN = ("left", "singular_values", "right")
+    #: What ``save_factors`` decides on, by name.
+    _FROZEN: ClassVar[tuple[str, ...]] = SpectralBasis._fields
     #: Children that are cast as asked, like any layer.
     _CASTABLE: ClassVar[tuple[str, ...]] = ()
 
@@ -69,7 +70,7 @@ class SpectralModule(nn.Module):
         return super()._apply(keep_precision, recurse=False)
 
     def _frozen(self) -> dict[str, Tensor]:
-        """What ``save_factors`` decides on, by its name in the state dict."""
+        """The frozen tensors of ``_FROZEN`` that are here."""
         here = dict(self.named_parameters())
         return {name: here[name].detach() for name in self._FROZEN if name in here}
 

@@ -8,6 +8,19 @@ The import is needed before loading an adapter as well.
 
 from spectral_adapters.peft._folder import load_adapter, save_adapter
 from spectral_adapters.peft._model import refresh_factors
+from spectral_adapters.peft.lidb import LiDBConfig
 from spectral_adapters.peft.soda import SODAConfig
+from spectral_adapters.peft.spectral_adapter_a import SpectralAdapterAConfig
+from spectral_adapters.peft.spectral_adapter_r import SpectralAdapterRConfig
+from spectral_adapters.peft.svdiff import SVDiffConfig
 
-__all__ = ["SODAConfig", "load_adapter", "refresh_factors", "save_adapter"]
+__all__ = [
+    "LiDBConfig",
+    "SODAConfig",
+    "SVDiffConfig",
+    "SpectralAdapterAConfig",
+    "SpectralAdapterRConfig",
+    "load_adapter",
+    "refresh_factors",
+    "save_adapter",
+]

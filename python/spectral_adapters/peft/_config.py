@@ -19,6 +19,9 @@ BASE_DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
+#: Spread of the parameters of an adapter that starts at random (``init_weights=False``).
+RANDOM_STD = 0.1
+
 _CARD_MARK = "import spectral_adapters.peft"
 _CARD_NOTE = f"""
 ## Loading

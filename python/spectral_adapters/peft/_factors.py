@@ -14,7 +14,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from spectral_adapters.decomposition import Fingerprint, decompose, round_to_dtype
+from spectral_adapters.decomposition import Factorisation, Fingerprint, round_to_dtype
 from spectral_adapters.functional import SpectralBasis
 
 
@@ -66,7 +66,7 @@ class FrozenFactors(nn.Module):
 
     Attributes:
         shape: of the base weight, (out, in).
-        decomposition, rotation: which factorisation, as for ``decomposition.decompose``.
+        factorisation: what is computed from it.
         base_dtype: precision that the base weight is rounded to before it is decomposed.
         in_checkpoint: whether ``state_dict`` holds the factors.
         basis: the factorisation, or None before it was computed or loaded.
@@ -78,8 +78,7 @@ class FrozenFactors(nn.Module):
     def __init__(
         self,
         shape: tuple[int, int],
-        decomposition: str,
-        rotation: str | None,
+        factorisation: Factorisation,
         base_dtype: torch.dtype,
         *,
         in_checkpoint: bool,
@@ -87,8 +86,7 @@ class FrozenFactors(nn.Module):
         super().__init__()
         self.shape = shape
         self._arriving: dict[str, Tensor] = {}
-        self.decomposition = decomposition
-        self.rotation = rotation
+        self.factorisation = factorisation
         self.base_dtype = base_dtype
         self.in_checkpoint = in_checkpoint
         self.basis: SpectralBasis | None = None
@@ -97,11 +95,9 @@ class FrozenFactors(nn.Module):
         self.is_stale = False
 
     @property
-    def kind(self) -> tuple[str, torch.dtype]:
+    def kind(self) -> tuple[Factorisation, torch.dtype]:
         """What two adapters must have in common to share factors."""
-        if self.decomposition == "svd":
-            return "svd", self.base_dtype
-        return ("lq" if self.rotation == "right" else "qr"), self.base_dtype
+        return self.factorisation, self.base_dtype
 
     @property
     def are_loaded(self) -> bool:
@@ -115,8 +111,8 @@ class FrozenFactors(nn.Module):
             return self.fingerprint
         with torch.inference_mode(False):
             rounded = round_to_dtype(weight, self.base_dtype)
-            self.basis = decompose(rounded, self.decomposition, self.rotation)
-            self.fingerprint = Fingerprint.of(rounded, self.basis)
+            self.basis = self.factorisation(rounded)
+            self.fingerprint = self._fingerprint(rounded, self.basis)
         self.is_exact = torch.equal(rounded.to(weight.dtype), weight)
         self.is_stale = False
         return self.fingerprint
@@ -124,9 +120,15 @@ class FrozenFactors(nn.Module):
     @torch.no_grad()
     def compare(self, weight: Tensor, recorded: Fingerprint | None) -> None:
         """Find out whether factors from a checkpoint are those of the base weight [out, in]."""
-        here = Fingerprint.of(weight, self.on(weight.device))
+        here = self._fingerprint(weight, self.on(weight.device))
         self.is_exact = recorded is not None and recorded.mismatch(here) is None
         self.is_stale = False
+
+    def _fingerprint(self, weight: Tensor, basis: SpectralBasis) -> Fingerprint:
+        if not self.factorisation.of_weight:
+            # Nothing of the weight but its shape, so that any of this shape will do.
+            weight = torch.zeros(weight.shape[:0], dtype=torch.float32)
+        return Fingerprint.of(weight, basis)
 
     def on(self, device: torch.device) -> SpectralBasis:
         """The factorisation on ``device``; it stays there."""
@@ -152,13 +154,9 @@ class FrozenFactors(nn.Module):
         """The factors by name, or empty ones of the right shape as long as there are none."""
         basis = self.basis
         if basis is None:
-            rows, columns = self.shape
-            rank = min(rows, columns)
-            basis = SpectralBasis(
-                torch.empty(rows, rank, device="meta"),
-                torch.empty(rank, device="meta") if self.decomposition == "svd" else None,
-                torch.empty(rank, columns, device="meta"),
-            )
+            shapes = self.factorisation.shapes(*self.shape)
+            empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            basis = SpectralBasis(empty["left"], empty.get("singular_values"), empty["right"])
         named = zip(SpectralBasis._fields, basis, strict=True)
         return {name: factor for name, factor in named if factor is not None}
 

@@ -1,8 +1,9 @@
 """PEFT layers of spectral methods: everything but the method.
 
 A method is a subclass of :class:`SpectralLayer` that owns its trained parameters and its change of
-the weight; :class:`SpectralLinear` and :class:`SpectralConv2d` say how a weight is used. A concrete
-layer inherits from one of each, in the order ``class Linear(SpectralLinear, MethodLayer)``.
+the weight; :class:`SpectralLinear`, :class:`SpectralConv` and :class:`SpectralEmbedding` say how a
+weight is used. A concrete layer inherits from one of each, in the order ``class
+Linear(SpectralLinear, MethodLayer)``; PEFT wants "Linear" in the name of linear ones.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import conv1d, conv2d, conv3d, embedding, linear
 from transformers.pytorch_utils import Conv1D
 
-from spectral_adapters.decomposition import Fingerprint
-from spectral_adapters.functional import SpectralBasis, product_dtypes, without_autocast
+from spectral_adapters.decomposition import Factorisation, Fingerprint
+from spectral_adapters.functional import (
+    SpectralBasis,
+    low_rank_linear,
+    product_dtypes,
+    without_autocast,
+)
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
 from spectral_adapters.peft._factors import (
     Fingerprints,
@@ -39,15 +46,17 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     that agree on it).
 
     A method sets ``prefix`` and ``adapter_layer_names`` and defines ``_new_containers``,
-    ``_add_parameters``, ``_factorisation``, ``_changes_nothing`` and ``_delta_matrix``;
-    ``_replace_base`` is its fast path, if it has one. A kind of base layer sets ``_ORDINARY`` and
-    defines ``_features``, ``_as_matrix``, ``_as_weight`` and ``_product``.
+    ``_add_parameters``, ``_factorisation`` and ``_changes_nothing``. A change of low rank is given
+    by ``_low_rank``, any other one by ``_delta_matrix``, with ``_replace_base`` as its fast path,
+    if it has one. A kind of base layer sets ``_ORDINARY`` and defines ``_features``,
+    ``_as_matrix``, ``_as_weight``, ``_product`` and ``_low_rank_product``.
 
     Args:
         base_layer: the layer to adapt; it keeps its weight.
         name: its name in the model, for error messages.
         adapter_name: name of the first adapter.
         config: config of the first adapter.
+        quantization: how to read and write the weight of a quantised base layer; None for others.
     """
 
     #: Prefix of the method's attributes: its name in lower case and an underscore.
@@ -56,11 +65,21 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     #: Exactly these types of base layers compute what their weight and bias say.
     _ORDINARY: ClassVar[tuple[type[nn.Module], ...]]
 
+    #: Whether the change of the weight has a low rank and is added to what the base layer gives, so
+    #: that the base's weight is not needed at every step and may be quantised.
+    is_low_rank: ClassVar[bool] = False
+
     def __init__(
-        self, base_layer: nn.Module, name: str, adapter_name: str, config: SpectralConfig
+        self,
+        base_layer: nn.Module,
+        name: str,
+        adapter_name: str,
+        config: SpectralConfig,
+        quantization: QuantizationBackend | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = quantization
         self.name = name
         self.in_features, self.out_features = self._features()
         self.configs: dict[str, SpectralConfig] = {}
@@ -78,7 +97,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         ]
         self.other_param_names = (*others, "configs", "scaling", "r")
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: Tensor | None = None
+        self._unmerged_weight: Any = None
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -91,17 +110,22 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """Fill the containers with the parameters of a new adapter."""
         raise NotImplementedError
 
-    def _factorisation(self, config: Any) -> tuple[str, str | None]:
-        """The frozen factorisation that an adapter needs: (decomposition, rotation)."""
+    def _factorisation(self, config: Any) -> Factorisation:
+        """The frozen factors that an adapter needs."""
         raise NotImplementedError
 
     def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
         """Whether an adapter with these parameters is the identity on every base weight."""
         raise NotImplementedError
 
+    def _low_rank(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(down [q, in], up [out, q]) with ``W' - W0 = up @ down`` at scale 1."""
+        raise NotImplementedError
+
     def _delta_matrix(self, adapter: str, device: torch.device) -> Tensor:
         """``W' - W0`` [out, in] at scale 1."""
-        raise NotImplementedError
+        down, up = self._low_rank(adapter, device)
+        return up @ down
 
     def _replace_base(self, x: Tensor, adapter: str) -> Tensor | None:
         """What the adapted layer gives for x at scale 1, from the factors; None if it cannot.
@@ -124,6 +148,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What the base layer does, with another weight in its layout."""
+        raise NotImplementedError
+
+    def _low_rank_product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """What the base layer does, with the weight ``up @ down`` and no bias."""
         raise NotImplementedError
 
     @property
@@ -153,7 +181,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         self._add_parameters(adapter_name, config)
         self.configs[adapter_name] = config
         self.scaling[adapter_name] = 1.0
-        self.r[adapter_name] = min(matrix.shape)
+        self.r[adapter_name] = self._rank(adapter_name)
         self._fingerprints[adapter_name] = torch.zeros(
             _FINGERPRINT_SIZE, dtype=torch.uint8, device=self._new_device()
         )
@@ -168,6 +196,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             self._prepare(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _rank(self, adapter: str) -> int:
+        """What ``r`` says of an adapter: the number of spectral columns that it works on."""
+        return min(self._base_matrix().shape)
+
     def _new_device(self) -> torch.device:
         """Where new tensors go: beside the base weight, or on the CPU while that has no data."""
         device = self._base_weight.device
@@ -180,20 +212,33 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def _base_matrix(self) -> Tensor:
         """The base weight [out, in] without any adapter."""
+        if self.quantization_backend is not None:
+            return self._dequantized().detach()
         if self._unmerged_weight is not None:
             return self._as_matrix(self._unmerged_weight)
         return self._as_matrix(self._base_weight.detach())
 
+    def _dequantized(self) -> Tensor:
+        """The weight of a quantised base layer as it was before merging, dense [out, in]."""
+        backend, base = self.quantization_backend, cast(Any, self.get_base_layer())
+        assert backend is not None
+        if self._unmerged_weight is None:
+            return backend.get_base_weight(base)
+        merged, base.weight = base.weight, self._unmerged_weight
+        try:
+            return backend.get_base_weight(base)
+        finally:
+            base.weight = merged
+
     def _assign_factors(self, adapter: str, base_dtype: torch.dtype) -> FrozenFactors:
         """Give an adapter factors of the base weight in ``base_dtype``, shared where possible."""
         config = self.configs[adapter]
-        decomposition, rotation = self._factorisation(config)
+        factorisation = self._factorisation(config)
         rows, columns = self._base_matrix().shape
         frozen = FrozenFactors(
             (rows, columns),
-            decomposition,
-            rotation,
-            base_dtype,
+            factorisation,
+            base_dtype if factorisation.of_weight else torch.float32,
             in_checkpoint=config.save_factors,
         )
         if not config.save_factors:
@@ -381,6 +426,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
                 parameters += [entry] if isinstance(entry, nn.Parameter) else entry.parameters()
         return parameters
 
+    def combine(self, terms: Sequence[tuple[float, str]], adapter: str) -> None:
+        """Make an adapter the weighted sum of others, where the method allows it."""
+        raise NotImplementedError
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """``W' = W0 + scale * dW`` for this adapter; unknown ones are ignored, as in PEFT."""
         if adapter in self.scaling:
@@ -420,17 +469,29 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         weight = self._base_weight
-        merged: Tensor = weight
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"{self.name}: adapters cannot be merged into a weight quantised by "
+                f"{backend.backend_name}"
+            )
+        merged: Tensor = weight if backend is None else backend.get_base_weight(self.base_layer)
+        plain = merged.dtype
         for name in names:
             # In the wider dtype of the two: a half-precision weight is rounded once.
             merged = merged + self.get_delta_weight(name)
-            if safe_merge and not bool(torch.isfinite(merged.to(weight.dtype)).all()):
+            if safe_merge and not bool(torch.isfinite(merged.to(plain)).all()):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
-        if self._unmerged_weight is None:
-            self._unmerged_weight = weight.detach().clone()
-        weight.data.copy_(merged)
+        if backend is not None:
+            if self._unmerged_weight is None:
+                self._unmerged_weight = weight
+            backend.set_base_weight(self, merged.to(plain))
+        else:
+            if self._unmerged_weight is None:
+                self._unmerged_weight = weight.detach().clone()
+            weight.data.copy_(merged)
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -439,7 +500,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._base_weight.data.copy_(self._unmerged_weight)
+        if self.quantization_backend is not None:
+            cast(Any, self.get_base_layer()).weight = self._unmerged_weight
+        else:
+            self._base_weight.data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
@@ -463,6 +527,8 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         active = [name for name in adapters if name in self.configs]
         if not active:
             return self.base_layer(x, *args, **kwargs)
+        if self.is_low_rank:
+            return self._add_low_rank(x, active, args, kwargs)
         if args or kwargs or not self._base_is_ordinary():
             y = self.base_layer(x, *args, **kwargs)
             return y + self._use(x, self._total_delta(active), None).to(y.dtype)
@@ -471,7 +537,21 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             if replaced is not None:
                 return replaced
         base: Any = self.base_layer
-        return self._use(x, base.weight + self._total_delta(active), base.bias)
+        bias = getattr(base, "bias", None)
+        return self._use(x, base.weight + self._total_delta(active), bias)
+
+    def _add_low_rank(
+        self, x: Tensor, active: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
+        for name in active:
+            change = self._low_rank_product(x, *self._low_rank(name, y.device))
+            if self.scaling[name] != 1:
+                change = self.scaling[name] * change
+            y = y + change.to(y.dtype)
+        return y
 
     def _mixed_forward(
         self,
@@ -534,13 +614,17 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
 
 class SpectralLinear(SpectralLayer):
-    """For ``nn.Linear`` and the ``Conv1D`` of transformers, whose weight is [in, out]."""
+    """For ``nn.Linear``, the ``Conv1D`` of transformers, whose weight is [in, out], and quantised
+    linear layers."""
 
     _ORDINARY = (nn.Linear, Conv1D)
 
     def _features(self) -> tuple[int, int]:
-        out_features, in_features = self._as_matrix(self._base_weight).shape
-        return in_features, out_features
+        base = self.get_base_layer()
+        if isinstance(base, Conv1D):
+            in_features, out_features = base.weight.shape
+            return in_features, out_features
+        return cast(int, base.in_features), cast(int, base.out_features)
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if isinstance(self.get_base_layer(), Conv1D) else weight
@@ -551,22 +635,28 @@ class SpectralLinear(SpectralLayer):
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, self._as_matrix(weight), bias)
 
+    def _low_rank_product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return low_rank_linear(x, down, up)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may approximate the adapter by a LoRA: it adds to the weight, so yes."""
         return True
 
 
-class SpectralConv2d(SpectralLayer):
-    """For ``nn.Conv2d``: one convolution with ``W0 + dW``.
+class SpectralConv(SpectralLayer):
+    """For ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
 
-    The weight [out, in/groups, kh, kw] is adapted in its flattened form [out, in/groups * kh * kw].
+    The weight [out, in/groups, ...] is adapted in its flattened form [out, in/groups * ...].
     """
 
-    _ORDINARY = (nn.Conv2d,)
+    _ORDINARY = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    @property
+    def _conv(self) -> Any:
+        return self.get_base_layer()
 
     def _features(self) -> tuple[int, int]:
-        base = cast(nn.Conv2d, self.get_base_layer())
-        return base.in_channels, base.out_channels
+        return self._conv.in_channels, self._conv.out_channels
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -575,4 +665,46 @@ class SpectralConv2d(SpectralLayer):
         return matrix.reshape(self._base_weight.shape)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return cast(nn.Conv2d, self.get_base_layer())._conv_forward(x, weight, bias)
+        return self._conv._conv_forward(x, weight, bias)
+
+    def _low_rank_product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        if self._conv.groups > 1:
+            # Each group sees its own channels: the rows of down belong to no group.
+            return self._use(x, self._as_weight(up @ down), None)
+        kernel = down.view(-1, *self._base_weight.shape[1:])
+        result, work = product_dtypes(x, down)
+        pointwise = {3: conv1d, 4: conv2d, 5: conv3d}[kernel.dim()]
+        with without_autocast(x.device):
+            z = self._product(x.to(work), kernel.to(work), None)
+            y = pointwise(z, up.to(work).view(*up.shape, *[1] * (kernel.dim() - 2)))
+        return y.to(result)
+
+
+class SpectralEmbedding(SpectralLayer):
+    """For ``nn.Embedding``: the table [num_embeddings, embedding_dim] is adapted as it is."""
+
+    _ORDINARY = (nn.Embedding,)
+
+    @property
+    def _table(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.get_base_layer())
+
+    def _features(self) -> tuple[int, int]:
+        return self._table.num_embeddings, self._table.embedding_dim
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def _use(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        base = self._table
+        return (self._scale() * embedding(x, weight, base.padding_idx)).to(base.weight.dtype)
+
+    def _low_rank_product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return self._scale() * (embedding(x, up, self._table.padding_idx) @ down)
+
+    def _scale(self) -> Any:
+        """What models with a scaled embedding multiply its output with, else 1."""
+        return getattr(self._table, "embed_scale", 1)

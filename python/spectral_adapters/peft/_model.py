@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -14,6 +14,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
+)
+from peft.utils.quantization_utils import (
+    QuantizationBackend,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
 )
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -26,12 +31,14 @@ class SpectralModel(BaseTuner):
     """Base of the models of spectral methods.
 
     A method sets ``prefix``, ``tuner_layer_cls`` and the layers that it has: ``linear_cls`` for
-    ``nn.Linear`` and ``Conv1D``, ``conv2d_cls`` for ``nn.Conv2d``.
+    ``nn.Linear``, ``Conv1D`` and quantised linear layers, ``conv_cls`` for ``nn.Conv1d``, ``2d``
+    and ``3d``, ``embedding_cls`` for ``nn.Embedding``.
     """
 
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     linear_cls: ClassVar[type[SpectralLayer] | None] = None
-    conv2d_cls: ClassVar[type[SpectralLayer] | None] = None
+    conv_cls: ClassVar[type[SpectralLayer] | None] = None
+    embedding_cls: ClassVar[type[SpectralLayer] | None] = None
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -48,7 +55,11 @@ class SpectralModel(BaseTuner):
         """Add an adapter to the matching modules and record the precision of their weights."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
-        dtypes = {layer._base_weight.dtype for layer in adapted_layers(model, adapter_name)}
+        dtypes = {
+            layer._base_weight.dtype
+            for layer in adapted_layers(model, adapter_name)
+            if layer.quantization_backend is None
+        }
         # Where layers differ, each knows its own precision from the fingerprint.
         if config.base_dtype is None and len(dtypes) == 1:
             config.base_dtype = dtype_name(dtypes.pop())
@@ -66,8 +77,10 @@ class SpectralModel(BaseTuner):
         if isinstance(target, SpectralLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer_cls = self._layer_class(peft_config, target, parent, current_key)
-        layer = layer_cls(target, current_key, adapter_name, peft_config)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        quantization = resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
+        layer_cls = self._layer_class(peft_config, base, parent, current_key, quantization)
+        layer = layer_cls(target, current_key, adapter_name, peft_config, quantization)
         if adapter_name not in self.active_adapters:
             # An additional adapter is not trained before it is activated.
             layer.requires_grad_(False)
@@ -75,17 +88,26 @@ class SpectralModel(BaseTuner):
         setattr(parent, target_name, layer)
 
     def _layer_class(
-        self, config: SpectralConfig, target: nn.Module, parent: nn.Module, name: str
+        self,
+        config: SpectralConfig,
+        base: nn.Module,
+        parent: nn.Module,
+        name: str,
+        quantization: QuantizationBackend | None,
     ) -> type[SpectralLayer]:
         """The layer for a module; ``ValueError`` if there is none."""
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kinds: dict[str, tuple[type[nn.Module], type[SpectralLayer] | None]] = {
             "torch.nn.Linear": (nn.Linear, self.linear_cls),
             "transformers.pytorch_utils.Conv1D": (Conv1D, self.linear_cls),
-            "torch.nn.Conv2d": (nn.Conv2d, self.conv2d_cls),
+            "torch.nn.Conv1d": (nn.Conv1d, self.conv_cls),
+            "torch.nn.Conv2d": (nn.Conv2d, self.conv_cls),
+            "torch.nn.Conv3d": (nn.Conv3d, self.conv_cls),
+            "torch.nn.Embedding": (nn.Embedding, self.embedding_cls),
         }
-        found = [cls for kind, cls in kinds.values() if cls is not None and isinstance(base, kind)]
         subject = f"{config.method} cannot adapt {name!r}, a {type(base).__name__}"
+        if quantization is not None:
+            return self._quantized_class(subject, quantization)
+        found = [cls for kind, cls in kinds.values() if cls is not None and isinstance(base, kind)]
         if not found:
             supported = ", ".join(kind for kind, (_, cls) in kinds.items() if cls is not None)
             raise ValueError(
@@ -96,6 +118,11 @@ class SpectralModel(BaseTuner):
                 f"{subject}: torch.nn.MultiheadAttention uses its weight without calling it; "
                 "change target_modules or exclude_modules"
             )
+        if isinstance(base, nn.Embedding) and base.max_norm is not None:
+            raise ValueError(
+                f"{subject}: with max_norm it changes its own weight; change target_modules or "
+                "exclude_modules"
+            )
         weight = base._parameters.get("weight")
         if (
             type(weight) is not nn.Parameter
@@ -105,8 +132,8 @@ class SpectralModel(BaseTuner):
             kind = "none" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
             raise ValueError(
                 f"{subject}: its weight must be a plain, non-empty parameter of dtype "
-                f"{', '.join(BASE_DTYPES)}, and is {kind}; quantised, sharded and parametrized "
-                "weights are not supported"
+                f"{', '.join(BASE_DTYPES)}, and is {kind}; sharded, parametrized and unknown "
+                "quantised weights are not supported"
             )
         if config.fan_in_fan_out and isinstance(base, nn.Linear):
             warnings.warn(
@@ -116,12 +143,30 @@ class SpectralModel(BaseTuner):
             )
         return found[0]
 
+    def _quantized_class(
+        self, subject: str, quantization: QuantizationBackend
+    ) -> type[SpectralLayer]:
+        layer_cls = self.linear_cls
+        if layer_cls is None or not layer_cls.is_low_rank:
+            raise ValueError(
+                f"{subject} quantised by {quantization.backend_name}: the method needs the dense "
+                "weight at every step; use a low-rank one (Spectral Adapter A or R, LiDB), or a "
+                "base that is not quantised"
+            )
+        if not quantization.supports_merge:
+            raise ValueError(
+                f"{subject} quantised by {quantization.backend_name}: its weight cannot be "
+                "dequantised, so it has no known spectrum"
+            )
+        return layer_cls
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Parameters are fp32 or better from the start; False asks for the base's precision."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             for layer in spectral_layers(self.model):
-                layer.cast_adapter(adapter_name, layer._base_weight.dtype)
+                if layer.quantization_backend is None:
+                    layer.cast_adapter(adapter_name, layer._base_weight.dtype)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -141,6 +186,46 @@ class SpectralModel(BaseTuner):
                     "get_peft_model_state_dict"
                 )
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    ) -> None:
+        """Add an adapter whose change of the weights is the weighted sum of the others' changes.
+
+        Only where the sum is an adapter of the same method again: SVDiff with
+        ``spectrum_activation="identity"``, and LiDB with equal seeds and subspaces.
+
+        Raises:
+            ValueError: the sum is no adapter of this method, or an argument does not fit.
+        """
+        configs: dict[str, Any] = self.peft_config
+        unknown = sorted(set(adapters) - set(configs))
+        if unknown or not adapters:
+            raise ValueError(f"adapters must name adapters of this model; got {list(adapters)!r}")
+        if len(weights) != len(adapters):
+            raise ValueError(
+                f"weights must hold one number for each of {list(adapters)!r}; got {weights!r}"
+            )
+        if adapter_name in configs:
+            raise ValueError(f"adapter_name must be new; the model already has {adapter_name!r}")
+        combined = self._combined_config([configs[name] for name in adapters])
+        configs[adapter_name] = combined
+        self.inject_adapter(self.model, adapter_name)
+        for layer in adapted_layers(self.model, adapter_name):
+            terms = [
+                (weight, name)
+                for weight, name in zip(weights, adapters, strict=True)
+                if name in layer.configs
+            ]
+            layer.combine(terms, adapter_name)
+
+    def _combined_config(self, configs: Sequence[Any]) -> Any:
+        """The config of a weighted sum; ``ValueError`` if it is no adapter of this method."""
+        raise ValueError(
+            f"a weighted sum of {configs[0].method} adapters is no {configs[0].method} adapter: "
+            "activate several at once (set_adapter), merge them one after the other, or export "
+            "them as LoRAs (peft.convert_to_lora) and combine those"
+        )
 
     def refresh_factors(self) -> None:
         """The function of the same name, for this model."""
@@ -192,6 +277,20 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> list[SpectralLayer]:
 def matches(pattern: str, name: str) -> bool:
     """Whether a module's name matches a pattern, by the rule of PEFT's ``rank_pattern``."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def warn_of_unused_patterns(
+    argument: str, patterns: Mapping[str, Any] | None, model: nn.Module, adapter_name: str
+) -> None:
+    """Warn of patterns of a config that match none of the adapted modules."""
+    names = [layer.name for layer in adapted_layers(model, adapter_name)]
+    for pattern in patterns or ():
+        if not any(matches(pattern, name) for name in names):
+            warnings.warn(
+                f"{argument} has the key {pattern!r}, which matches no adapted module",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def refresh_factors(model: nn.Module) -> None:

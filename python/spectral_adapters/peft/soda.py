@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from spectral_adapters._validation import check_choice
 from spectral_adapters.activations import SPECTRUM_ACTIVATIONS, spectrum_activation
+from spectral_adapters.decomposition import WholeFactorisation
 from spectral_adapters.factors import resolve_factors
 from spectral_adapters.functional import (
     DECOMPOSITIONS,
@@ -22,14 +22,16 @@ from spectral_adapters.functional import (
     soda_linear,
 )
 from spectral_adapters.modules.soda import PARAMETRIZATIONS
-from spectral_adapters.peft._config import SpectralConfig
-from spectral_adapters.peft._layer import SpectralConv2d, SpectralLayer, SpectralLinear
-from spectral_adapters.peft._model import SpectralModel, adapted_layers, matches
+from spectral_adapters.peft._config import RANDOM_STD, SpectralConfig
+from spectral_adapters.peft._layer import (
+    SpectralConv,
+    SpectralEmbedding,
+    SpectralLayer,
+    SpectralLinear,
+)
+from spectral_adapters.peft._model import SpectralModel, matches, warn_of_unused_patterns
 from spectral_adapters.peft._registration import register
 from spectral_adapters.planner import PLANS
-
-#: Spread of the parameters of an adapter that starts at random (``init_weights=False``).
-_RANDOM_STD = 0.1
 
 Sizes = tuple[int, ...]
 
@@ -176,14 +178,14 @@ class SODALayer(SpectralLayer):
         packed = [torch.zeros(n * (n - 1) // 2, **options) for n in sizes]
         if not config.init_weights:
             for values in (delta, *packed):
-                nn.init.normal_(values, std=_RANDOM_STD)
+                nn.init.normal_(values, std=RANDOM_STD)
         if config.parametrization == "stiefel":
             packed = list(cayley_factors(packed, sizes))
         self.soda_delta[adapter] = nn.Parameter(delta)
         self.soda_rotation[adapter] = nn.ParameterList(nn.Parameter(values) for values in packed)
 
-    def _factorisation(self, config: SODAConfig) -> tuple[str, str | None]:
-        return config.decomposition, config.rotation
+    def _factorisation(self, config: SODAConfig) -> WholeFactorisation:
+        return WholeFactorisation.of(config.decomposition, config.rotation)
 
     def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
         starts = [
@@ -246,8 +248,12 @@ class Linear(SpectralLinear, SODALayer):
         )
 
 
-class Conv2d(SpectralConv2d, SODALayer):
-    """SODA on ``nn.Conv2d``, grouped ones included."""
+class Conv(SpectralConv, SODALayer):
+    """SODA on ``nn.Conv1d``, ``2d`` and ``3d``, grouped ones included."""
+
+
+class Embedding(SpectralEmbedding, SODALayer):
+    """SODA on ``nn.Embedding``."""
 
 
 class SODAModel(SpectralModel):
@@ -256,7 +262,8 @@ class SODAModel(SpectralModel):
     prefix = SODALayer.prefix
     tuner_layer_cls = SODALayer
     linear_cls = Linear
-    conv2d_cls = Conv2d
+    conv_cls = Conv
+    embedding_cls = Embedding
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -264,14 +271,7 @@ class SODAModel(SpectralModel):
         """Add an adapter; warns of entries of ``factors_pattern`` that match no module."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(SODAConfig, self.peft_config[adapter_name])
-        names = [layer.name for layer in adapted_layers(model, adapter_name)]
-        for pattern in config.factors_pattern or ():
-            if not any(matches(pattern, name) for name in names):
-                warnings.warn(
-                    f"factors_pattern has the key {pattern!r}, which matches no adapted module",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+        warn_of_unused_patterns("factors_pattern", config.factors_pattern, model, adapter_name)
 
 
 register("soda", SODAConfig, SODAModel)

@@ -1,0 +1,109 @@
+"""What Spectral Adapters A and R share as PEFT methods: r columns of the SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectral_adapters._validation import check_choice
+from spectral_adapters.decomposition import (
+    ALGORITHMS,
+    COLUMNS,
+    ColumnFactorisation,
+    select_columns,
+)
+from spectral_adapters.peft._config import SpectralConfig
+from spectral_adapters.peft._layer import SpectralLayer
+from spectral_adapters.peft._model import SpectralModel, matches, warn_of_unused_patterns
+
+
+@dataclass
+class ColumnConfig(SpectralConfig):
+    """Which singular triples of a weight are adapted.
+
+    Args:
+        r: number of columns; None is 8, or the number of indices in ``columns``.
+        columns: "top", "bottom", or a list of indices counted from the largest singular value.
+        offset: leave out this many columns at the named end, so that several adapters can have
+            columns of their own.
+        rank_pattern: r for single modules, by name or regular expression, as in ``LoraConfig``.
+        algorithm: of the SVD, "randomized" or "full"
+            (:func:`spectral_adapters.decomposition.decompose_columns`).
+
+    Further arguments: :class:`SpectralConfig`.
+    """
+
+    r: int | None = field(default=None)
+    columns: str | list[int] = field(default="top")
+    offset: int = field(default=0)
+    rank_pattern: dict[str, int] | None = field(default=None)
+    algorithm: str = field(default="randomized")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("algorithm", self.algorithm, ALGORITHMS)
+        if isinstance(self.columns, str):
+            check_choice("columns", self.columns, COLUMNS)
+        else:
+            self.columns = list(self.columns)
+        if self.rank_pattern is not None:
+            if not isinstance(self.rank_pattern, Mapping):
+                raise TypeError(
+                    "rank_pattern must be a dict from module names to ints; "
+                    f"got {self.rank_pattern!r}"
+                )
+            if not isinstance(self.columns, str):
+                raise ValueError(
+                    "rank_pattern must be None when columns holds indices; "
+                    f"got {self.rank_pattern!r}"
+                )
+        for r in (self.r, *(self.rank_pattern or {}).values()):
+            # All but the weight's own rank can be checked here.
+            largest = max(self.columns, default=0) if isinstance(self.columns, list) else 0
+            select_columns(self.columns, r, self.offset + (r or 8) + largest, self.offset)
+
+    def r_for(self, name: str) -> int | None:
+        """The number of columns for the module ``name``."""
+        for pattern, r in (self.rank_pattern or {}).items():
+            if matches(pattern, name):
+                return r
+        return self.r
+
+
+class ColumnLayer(SpectralLayer):
+    """Frozen: U1 [out, r], S1 [r] and V1^T [r, in] of the adapted columns."""
+
+    is_low_rank = True
+
+    configs: dict[str, ColumnConfig]  # type: ignore[assignment]
+
+    def _columns(self, config: ColumnConfig) -> tuple[int, ...]:
+        rank = min(self._base_matrix().shape)
+        try:
+            return select_columns(config.columns, config.r_for(self.name), rank, config.offset)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}; use rank_pattern for single modules") from None
+
+    def _factorisation(self, config: ColumnConfig) -> ColumnFactorisation:
+        return ColumnFactorisation(self._columns(config), config.algorithm)
+
+    def _rank(self, adapter: str) -> int:
+        return len(self._columns(self.configs[adapter]))
+
+    def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
+        return not any(bool(values.any()) for values in trained)
+
+
+class ColumnModel(SpectralModel):
+    """Warns of entries of ``rank_pattern`` that match no module."""
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        warn_of_unused_patterns("rank_pattern", config.rank_pattern, model, adapter_name)

@@ -1,0 +1,86 @@
+"""Spectral Adapter R as a PEFT method: chosen singular vectors are rotated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spectral_adapters.functional import cayley_factors, low_rank_factors
+from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer, ColumnModel
+from spectral_adapters.peft._config import RANDOM_STD
+from spectral_adapters.peft._layer import SpectralConv, SpectralEmbedding, SpectralLinear
+from spectral_adapters.peft._registration import register
+
+
+@dataclass
+class SpectralAdapterRConfig(ColumnConfig):
+    """Spectral Adapter R: ``W' = W0 + U1 (R_U S1 R_V^T - S1) V1^T`` with exact Cayley rotations.
+
+    Zhang and Pilanci, NeurIPS 2024. r(r-1) trained numbers per layer; exactly a LoRA of rank r
+    when trained.
+
+    Arguments: :class:`ColumnConfig`.
+    """
+
+    method: ClassVar[str] = "SPECTRAL_ADAPTER_R"
+
+
+class SpectralAdapterRLayer(ColumnLayer):
+    """Trained: ``spectral_adapter_r_left`` and ``spectral_adapter_r_right``, packed [r(r-1)/2]."""
+
+    prefix = "spectral_adapter_r_"
+    adapter_layer_names = ("spectral_adapter_r_left", "spectral_adapter_r_right")
+
+    spectral_adapter_r_left: nn.ParameterDict
+    spectral_adapter_r_right: nn.ParameterDict
+
+    def _new_containers(self) -> dict[str, Any]:
+        return {name: nn.ParameterDict() for name in self.adapter_layer_names}
+
+    def _add_parameters(self, adapter: str, config: ColumnConfig) -> None:
+        r = len(self._columns(config))
+        if r < 2:
+            raise ValueError(
+                f"{self.name}: r must be at least 2, one column cannot be rotated; got {r}; use "
+                "rank_pattern for single modules"
+            )
+        for name in self.adapter_layer_names:
+            packed = torch.zeros(r * (r - 1) // 2, **self._new_options())
+            if not config.init_weights:
+                nn.init.normal_(packed, std=RANDOM_STD)
+            getattr(self, name)[adapter] = nn.Parameter(packed)
+
+    def _low_rank(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        basis = self._basis(adapter, device)
+        r = basis.left.shape[1]
+        packed = [getattr(self, name)[adapter].to(device) for name in self.adapter_layer_names]
+        left, right = (turn.to(basis.left.dtype) for turn in cayley_factors(packed, (r, r)))
+        return low_rank_factors(basis, rotations=(left, right))
+
+
+class Linear(SpectralLinear, SpectralAdapterRLayer):
+    """Spectral Adapter R on linear layers, quantised ones included."""
+
+
+class Conv(SpectralConv, SpectralAdapterRLayer):
+    """Spectral Adapter R on ``nn.Conv1d``, ``2d`` and ``3d``."""
+
+
+class Embedding(SpectralEmbedding, SpectralAdapterRLayer):
+    """Spectral Adapter R on ``nn.Embedding``."""
+
+
+class SpectralAdapterRModel(ColumnModel):
+    """The PEFT model of Spectral Adapter R; see :class:`SpectralAdapterRConfig`."""
+
+    prefix = SpectralAdapterRLayer.prefix
+    tuner_layer_cls = SpectralAdapterRLayer
+    linear_cls = Linear
+    conv_cls = Conv
+    embedding_cls = Embedding
+
+
+register("spectral_adapter_r", SpectralAdapterRConfig, SpectralAdapterRModel)

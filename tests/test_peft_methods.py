@@ -1,0 +1,647 @@
+"""Every method of the family against PEFT's contract: one row per method, one test per promise.
+
+``python tests/contract_table.py`` runs this file and writes ``docs/peft_contract.md`` from what
+passed. A new method is one row of ``METHODS``.
+"""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from support import TOLERANCE, relative_error
+from torch import nn
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from peft import PeftModel, get_peft_model  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import spectral_adapters.peft  # noqa: E402
+from spectral_adapters.peft import (  # noqa: E402
+    LiDBConfig,
+    SODAConfig,
+    SpectralAdapterAConfig,
+    SpectralAdapterRConfig,
+    SVDiffConfig,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the matrix: a config and what is true of the method."""
+
+    config: type
+    options: dict[str, Any]
+    #: Belongs to one base weight.
+    of_weight: bool = True
+    #: May sit on a quantised base layer.
+    low_rank: bool = True
+
+    def __call__(self, **options):
+        """A config for the test models; ``init_weights=False`` is not the identity."""
+        return self.config(**{"target_modules": ["0", "2"], **self.options, **options})
+
+
+METHODS = {
+    "SODA": Method(SODAConfig, {}, low_rank=False),
+    "SVDiff": Method(SVDiffConfig, {}, low_rank=False),
+    "Spectral Adapter A": Method(SpectralAdapterAConfig, {"r": 2}),
+    "Spectral Adapter R": Method(SpectralAdapterRConfig, {"r": 3}),
+    "LiDB": Method(LiDBConfig, {"r": 2, "a": 5, "b": 4}, of_weight=False),
+}
+WEIGHTS = "adapter_model.safetensors"
+
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def conv1d():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv1d(4, 6, 3, padding=1), nn.Tanh(), nn.Conv1d(6, 4, 3, groups=2), nn.Flatten()
+    )
+
+
+def conv2d():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="reflect"),
+        nn.Tanh(),
+        nn.Conv2d(6, 4, 3, groups=2, bias=False),
+        nn.Flatten(),
+    )
+
+
+def conv3d():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv3d(4, 6, 3, padding=1), nn.Tanh(), nn.Conv3d(6, 4, 3, dilation=2), nn.Flatten()
+    )
+
+
+def embedding():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 6, padding_idx=3), nn.Tanh(), nn.Linear(6, 5))
+
+
+def hf_conv1d():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    return nn.Sequential(Conv1D(20, 12), nn.Tanh(), Conv1D(8, 20))
+
+
+MODELS = {
+    "Linear": mlp,
+    "Conv1d": conv1d,
+    "Conv2d": conv2d,
+    "Conv3d": conv3d,
+    "Embedding": embedding,
+    "HF Conv1D": hf_conv1d,
+}
+every_kind = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+
+
+def inputs(model, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    first = model[0]
+    if isinstance(first, nn.Embedding):
+        return torch.randint(11, (5, 7), generator=generator)
+    spatial = {nn.Conv1d: (8,), nn.Conv2d: (8, 8), nn.Conv3d: (6, 6, 6)}.get(type(first))
+    shape = (5, 12) if spatial is None else (5, 4, *spatial)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def steps(model, x, count=3, lr=0.05):
+    """Some optimizer steps towards a target that the base does not reach."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+    torch.manual_seed(7)
+    target = torch.randn_like(model(x).detach().float())
+    for _ in range(count):
+        optimizer.zero_grad()
+        (model(x).float() - target).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def trained(method, build=mlp, dtype=torch.float32, **options):
+    base = build().to(dtype)
+    x = inputs(base, dtype)
+    return steps(get_peft_model(base, method(**options)), x).eval()
+
+
+@every_kind
+@every_method
+def test_identity_at_the_start_and_every_parameter_moves(method, build):
+    """A fresh adapter is the base model; three steps move every parameter."""
+    x = inputs(build())
+    expected = build()(x)
+    model = get_peft_model(build(), method())
+    assert relative_error(model(x), expected) <= (0 if method.low_rank else 1e-5)
+    assert all(
+        torch.count_nonzero(layer.get_delta_weight("default")) == 0 for layer in layers(model)
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    steps(model, x)
+    for name, parameter in model.named_parameters():
+        assert (name in before) == parameter.requires_grad
+        if name in before:
+            assert not torch.equal(parameter, before[name]), name
+    assert not torch.equal(model(x), expected)
+
+
+@every_kind
+@every_method
+def test_random_start(method, build):
+    """``init_weights=False`` is not the base model."""
+    x = inputs(build())
+    assert not torch.allclose(get_peft_model(build(), method(init_weights=False))(x), build()(x))
+
+
+@every_kind
+@every_method
+def test_merge_and_unmerge(method, build):
+    """Merging after a forward merges; unmerging gives the weight back to the last bit."""
+    model = trained(method, build)
+    x = inputs(build())
+    y = model(x)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.merge_adapter(safe_merge=True)
+    assert relative_error(model(x), y) <= 1e-5
+    with model.disable_adapter():
+        assert torch.equal(model(x), build()(x))
+    model.merge_adapter()
+    model.unmerge_adapter()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert torch.equal(model(x), y)
+    plain = model.merge_and_unload()
+    assert not layers(plain)
+    assert relative_error(plain(x), y) <= 1e-5
+
+
+@every_kind
+@every_method
+def test_save_and_load(method, build, tmp_path):
+    """The file holds the trained numbers and nothing else of size; loading gives the same model."""
+    model = trained(method, build)
+    x = inputs(build())
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    prefix = model.base_model.prefix
+    numbers = {key: t for key, t in stored.items() if not key.endswith(f"{prefix}fingerprint")}
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(t.numel() for t in numbers.values()) == count
+    assert all(f".{prefix}" in key for key in stored)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(loaded(x), model(x))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    again = PeftModel.from_pretrained(build(), tmp_path, low_cpu_mem_usage=True, is_trainable=True)
+    assert torch.equal(again(x), model(x))
+
+
+@every_method
+def test_save_factors(method, tmp_path):
+    """``save_factors=True`` loads on any base and makes the change that was trained."""
+    model = trained(method, save_factors=True)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    other = nn.Sequential(
+        *(
+            type(part)(*part.weight.shape[::-1]) if isinstance(part, nn.Linear) else part
+            for part in mlp()
+        )
+    )
+    loaded = PeftModel.from_pretrained(other, tmp_path)
+    for here, there in zip(layers(loaded), layers(model), strict=True):
+        expected = there.get_delta_weight("default")
+        if method.config is not SODAConfig:
+            torch.testing.assert_close(here.get_delta_weight("default"), expected)
+
+
+@every_method
+def test_a_fresh_process_with_other_signs(method, tmp_path):
+    """Reload in a fresh process, where the SVD returns other signs: the same outputs."""
+    model = trained(method)
+    model.save_pretrained(tmp_path)
+    torch.save({"base": mlp().state_dict(), "x": inputs(mlp())}, tmp_path / "base.pt")
+    code = f"""
+import torch
+from torch import nn
+import spectral_adapters.peft
+from peft import PeftModel
+svd = torch.linalg.svd
+def flipped(matrix, full_matrices=True):
+    u, s, vh = svd(matrix, full_matrices=full_matrices)
+    signs = torch.where(torch.arange(len(s)) % 2 == 0, -1.0, 1.0).to(s)
+    return u * signs, s, vh * signs[:, None]
+torch.linalg.svd = flipped
+data = torch.load({str(tmp_path / "base.pt")!r})
+base = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 3))
+base.load_state_dict(data["base"])
+model = PeftModel.from_pretrained(base, {str(tmp_path)!r})
+torch.save(model(data["x"]).detach(), {str(tmp_path / "y.pt")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(inputs(mlp())).detach())
+
+
+@every_method
+def test_another_base_weight(method, tmp_path):
+    """An adapter of one base weight is refused on another, by layer and with the remedy."""
+    model = trained(method)
+    model.save_pretrained(tmp_path)
+    other = mlp()
+    other[0].weight.data += 0.1
+    if method.of_weight:
+        with pytest.raises(
+            RuntimeError, match=r"0: the adapter 'default' is refused.*another base"
+        ):
+            PeftModel.from_pretrained(other, tmp_path)
+    else:
+        loaded = PeftModel.from_pretrained(other, tmp_path)
+        for here, there in zip(layers(loaded), layers(model), strict=True):
+            assert torch.equal(here.get_delta_weight("default"), there.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@every_kind
+@every_method
+def test_half_precision_bases(method, build, dtype):
+    """Training on fp16 and bf16 bases: fp32 trained numbers, outputs as exact as the base's."""
+    base = build().to(dtype)
+    x = inputs(base, dtype)
+    fresh = get_peft_model(copy.deepcopy(base), method())(x)
+    assert relative_error(fresh, base(x)) <= (0 if method.low_rank else 4 * TOLERANCE[dtype])
+    model = steps(get_peft_model(base, method()), x).eval()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    y = model(x)
+    assert y.dtype == dtype
+    exact = copy.deepcopy(model).double()(x if x.dtype == torch.int64 else x.double())
+    assert relative_error(y, exact) <= 4 * TOLERANCE[dtype]
+
+
+@every_method
+def test_a_wider_base(method, tmp_path):
+    """An adapter of a bf16 base loads on an fp32 copy of it."""
+    model = trained(method, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    wide = mlp().bfloat16().float()
+    loaded = PeftModel.from_pretrained(wide, tmp_path)
+    for here, there in zip(layers(loaded), layers(model), strict=True):
+        torch.testing.assert_close(
+            here.get_delta_weight("default"), there.get_delta_weight("default")
+        )
+
+
+@every_method
+def test_casts_keep_the_factors(method):
+    """``model.to(bfloat16)`` and back: trained numbers and frozen factors keep their digits."""
+    model = trained(method)
+    expected = [layer.get_delta_weight("default") for layer in layers(model)]
+    model.to(torch.bfloat16).to(torch.float32)
+    for layer, delta in zip(layers(model), expected, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("default"), delta, rtol=0, atol=1e-7)
+
+
+@every_method
+def test_several_adapters(method):
+    """Add, switch, combine, delete; disable really disables."""
+    x = inputs(mlp())
+    torch.manual_seed(3)
+    model = get_peft_model(mlp(), method(init_weights=False)).eval()
+    model.add_adapter("second", method(init_weights=False, target_modules=["0"]))
+    first = model(x)
+    model.set_adapter("second")
+    second = model(x)
+    assert not torch.allclose(first, second)
+    model.base_model.set_adapter(["default", "second"])
+    both = model(x)
+    plain = mlp()
+    for layer, linear in ((layers(model)[0], plain[0]), (layers(model)[1], plain[2])):
+        for name in layer.configs:
+            linear.weight.data += layer.get_delta_weight(name)
+    assert relative_error(both, plain(x)) <= 1e-5
+    with model.disable_adapter():
+        assert torch.equal(model(x), mlp()(x))
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert torch.equal(model(x), first)
+    assert all("second" not in layer.configs for layer in layers(model))
+    assert not any("second" in name for name, _ in model.named_parameters())
+    assert not any("second" in key for key in model.state_dict())
+
+
+@every_kind
+@every_method
+def test_mixed_batches(method, build):
+    """``adapter_names``: each row of a batch through an adapter of its own."""
+    x = inputs(build())
+    torch.manual_seed(3)
+    model = get_peft_model(build(), method(init_weights=False), adapter_name="one").eval()
+    model.add_adapter("two", method(init_weights=False))
+    names = ["one", "__base__", "two", "one", "two"]
+    mixed = model(x, adapter_names=names)
+    with model.disable_adapter():
+        expected = {"__base__": model(x)}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        expected[name] = model(x)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], expected[name][row])
+
+
+@every_method
+def test_scale(method):
+    """``set_scale``, ``scale_layer``, ``unscale_layer``: W0 + scale dW."""
+    model = trained(method)
+    x = inputs(mlp())
+    y = model(x)
+    expected = mlp()
+    for layer, linear in zip(layers(model), (expected[0], expected[2]), strict=True):
+        linear.weight.data += 0.3 * layer.get_delta_weight("default")
+        layer.set_scale("default", 0.15)
+        layer.scale_layer(2)
+    assert relative_error(model(x), expected(x)) <= 1e-5
+    for layer in layers(model):
+        layer.unscale_layer()
+    assert torch.equal(model(x), y)
+
+
+@every_method
+def test_weighted_adapters(method):
+    """``add_weighted_adapter`` where the algebra allows it, else a clear error."""
+    options = {"spectrum_activation": "identity"} if method.config is SVDiffConfig else {}
+    torch.manual_seed(3)
+    model = get_peft_model(mlp(), method(init_weights=False, **options), adapter_name="one")
+    model.add_adapter("two", method(init_weights=False, **options, target_modules=["0"]))
+    add = model.base_model.add_weighted_adapter
+    if method.config not in (SVDiffConfig, LiDBConfig):
+        with pytest.raises(ValueError, match=r"a weighted sum of .* adapters is no"):
+            add(["one", "two"], [0.5, 0.25], "sum")
+        assert "sum" not in model.peft_config
+        return
+    add(["one", "two"], [0.5, 0.25], "sum")
+    for layer in layers(model):
+        terms = zip((0.5, 0.25), ("one", "two"), strict=True)
+        expected = sum(w * layer.get_delta_weight(n) for w, n in terms if n in layer.configs)
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected)
+    with pytest.raises(ValueError, match="must name adapters of this model"):
+        add(["three"], [1.0], "other")
+    with pytest.raises(ValueError, match="one number for each"):
+        add(["one"], [], "other")
+    with pytest.raises(ValueError, match="must be new"):
+        add(["one"], [1.0], "two")
+
+
+@every_method
+def test_modules_to_save(method, tmp_path):
+    """``modules_to_save`` trains and stores a whole module beside the adapter."""
+    model = steps(get_peft_model(mlp(), method(modules_to_save=["4"])), inputs(mlp())).eval()
+    model.save_pretrained(tmp_path)
+    assert not torch.equal(model.base_model.model[4].weight, mlp()[4].weight)
+    loaded = PeftModel.from_pretrained(mlp(), tmp_path)
+    assert torch.equal(loaded(inputs(mlp())), model(inputs(mlp())))
+
+
+@every_method
+def test_choice_of_modules(method):
+    """``exclude_modules``, "all-linear" (also for a second adapter), regular expressions."""
+    model = get_peft_model(mlp(), method(exclude_modules=["2"]))
+    assert [layer.name for layer in layers(model)] == ["0"]
+    assert len(layers(get_peft_model(mlp(), method(target_modules="0|2")))) == 2
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+    )
+    bert = get_peft_model(transformers.BertModel(config), method(target_modules="all-linear"))
+    assert len(layers(bert)) == 13
+    bert.add_adapter("two", method(target_modules="all-linear"))
+    assert all("two" in layer.configs for layer in layers(bert))
+    chosen = method(target_modules=["query"], layers_to_transform=[1])
+    only = get_peft_model(transformers.BertModel(config), chosen)
+    assert [layer.name for layer in layers(only)] == ["encoder.layer.1.attention.self.query"]
+
+
+@every_method
+def test_unadaptable_modules_are_refused(method):
+    """Other modules, and ``target_parameters``, are refused by name."""
+    with pytest.raises(ValueError, match=r"cannot adapt '0', a LayerNorm: it supports"):
+        get_peft_model(nn.Sequential(nn.LayerNorm(4)), method(target_modules=["0"]))
+    with pytest.raises((TypeError, ValueError), match="target_parameters"):
+        method(target_parameters=["0.weight"])
+    renormed = nn.Sequential(nn.Embedding(8, 6, max_norm=1.0))
+    with pytest.raises(ValueError, match="max_norm"):
+        get_peft_model(renormed, method(target_modules=["0"]))
+
+
+@every_method
+def test_gradient_checkpointing_and_hooks(method):
+    """Checkpointing gives the same gradients; a hooked base layer is still called."""
+    x = inputs(mlp())
+    model = trained(method)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(x).sin().sum(), wanted)
+    again = torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=False)
+    for actual, exact in zip(torch.autograd.grad(again.sin().sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(actual, exact)
+    seen, y = [], model(x)
+    layers(model)[0].base_layer.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(x), y)
+    assert seen
+
+
+@every_kind
+@every_method
+def test_compile(method, build):
+    """One graph, no break, the same outputs and gradients."""
+    model = trained(method, build)
+    x = inputs(build())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    assert relative_error(y, model(x)) <= 1e-5
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(y.sum(), wanted)
+    for actual, exact in zip(found, torch.autograd.grad(model(x).sum(), wanted), strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_autocast(method):
+    """Under autocast the output has its dtype, the trained numbers and gradients stay fp32."""
+    model = trained(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(inputs(mlp()))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@every_method
+def test_copies(method):
+    """``deepcopy`` and ``pickle``."""
+    model = trained(method)
+    x = inputs(mlp())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        twin(x).sum().backward()
+
+
+@every_method
+def test_meta_base(method, tmp_path):
+    """A base on the meta device: the adapter waits for its weights."""
+    model = trained(method)
+    x = inputs(mlp())
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = mlp()
+    loaded = PeftModel.from_pretrained(empty, tmp_path)
+    weights = {
+        name.replace("0.", "0.base_layer.").replace("2.", "2.base_layer.")
+        if name[0] in "02"
+        else name: value
+        for name, value in mlp().state_dict().items()
+    }
+    loaded.base_model.model.load_state_dict(weights, strict=False, assign=True)
+    assert torch.equal(loaded(x), model(x))
+
+
+@every_method
+def test_conversion_to_lora(method):
+    """``peft.convert_to_lora``."""
+    model = trained(method, target_modules=["0"])
+    x = inputs(mlp())
+    lora_config, state = peft.convert_to_lora(model, rank=12)
+    lora = get_peft_model(mlp(), lora_config)
+    peft.set_peft_model_state_dict(lora, state)
+    assert relative_error(lora(x), model(x)) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@every_method
+def test_bitsandbytes_base(method, bits):
+    """8- and 4-bit bases of bitsandbytes: trained, merged, unmerged, or refused with a reason."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64)
+    kind = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
+    options = {"has_fp16_weights": False} if bits == 8 else {"compute_dtype": torch.float32}
+    quantised = kind(64, 64, **options)
+    quantised.load_state_dict(linear.state_dict())
+    base = nn.Sequential(quantised.to("cpu"))
+    x = torch.randn(5, 64)
+    expected = base(x)
+    if not method.low_rank:
+        with pytest.raises(ValueError, match=r"needs the dense weight at every step"):
+            get_peft_model(base, method(target_modules=["0"]))
+        return
+    model = get_peft_model(base, method(target_modules=["0"]))
+    assert torch.equal(model(x), expected)
+    steps(model, x)
+    y = model(x)
+    assert not torch.allclose(y, expected)
+    before = layers(model)[0].base_layer.weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter()
+    assert layers(model)[0].base_layer.weight is not before
+    assert relative_error(model(x), y) < (0.05 if bits == 8 else 0.3)
+    model.unmerge_adapter()
+    assert layers(model)[0].base_layer.weight is before
+    torch.testing.assert_close(model(x), y)
+
+
+@every_method
+def test_configs_survive_json(method, tmp_path):
+    """A config comes back from ``adapter_config.json`` as it was."""
+    config = method(exclude_modules=["4"])
+    config.save_pretrained(tmp_path)
+    loaded = peft.PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is method.config
+    assert loaded.to_dict() == config.to_dict()
+
+
+def test_rank_pattern_and_columns():
+    """Columns and ranks of A and R by layer."""
+    for config in (SpectralAdapterAConfig, SpectralAdapterRConfig):
+        model = get_peft_model(
+            mlp(), config(target_modules=["0", "2"], r=3, rank_pattern={"2": 5}, offset=1)
+        )
+        assert [layer.r["default"] for layer in layers(model)] == [3, 5]
+        values = torch.linalg.svdvals(mlp()[2].weight)[1:6]
+        found = layers(model)[1]._factors["default"].basis.singular_values
+        torch.testing.assert_close(found, values)
+        with pytest.warns(RuntimeWarning, match="rank_pattern has the key 'nowhere'"):
+            get_peft_model(mlp(), config(target_modules=["0"], rank_pattern={"nowhere": 2}))
+        with pytest.raises(ValueError, match=r"2: r \+ offset must be at most the rank 8"):
+            get_peft_model(mlp(), config(target_modules=["2"], r=9))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "error", "message"),
+    [
+        (SpectralAdapterAConfig, {"r": 0}, ValueError, "r must be an int of at least 1"),
+        (SpectralAdapterAConfig, {"columns": "left"}, ValueError, "columns must be one of 'top'"),
+        (SpectralAdapterAConfig, {"columns": [1, 1]}, ValueError, "columns must hold different"),
+        (SpectralAdapterAConfig, {"offset": -1}, ValueError, "offset must be an int of at least 0"),
+        (SpectralAdapterAConfig, {"algorithm": "qr"}, ValueError, "algorithm must be one of"),
+        (SpectralAdapterAConfig, {"rank_pattern": [3]}, TypeError, "rank_pattern must be a dict"),
+        (
+            SpectralAdapterAConfig,
+            {"columns": [1], "rank_pattern": {"0": 1}},
+            ValueError,
+            "rank_pattern must be None when columns holds indices",
+        ),
+        (LiDBConfig, {"a": 0}, ValueError, "a must be an int of at least 1; got 0"),
+        (LiDBConfig, {"seed": -1}, ValueError, "seed must be an int of at least 0; got -1"),
+        (SVDiffConfig, {"plan": "best"}, ValueError, "plan must be one of"),
+        (SVDiffConfig, {"spectrum_activation": "tanh"}, ValueError, "spectrum_activation must be"),
+    ],
+)
+def test_bad_configs_are_refused_by_argument(config, options, error, message):
+    """Bad options are refused by argument."""
+    with pytest.raises(error, match=message):
+        config(target_modules=["0"], **options)
+
+
+def test_one_column_cannot_be_rotated():
+    """R needs two columns."""
+    with pytest.raises(ValueError, match="0: r must be at least 2"):
+        get_peft_model(mlp(), SpectralAdapterRConfig(target_modules=["0"], r=1))
+
+
+def test_the_export_list_is_frozen():
+    """The public names."""
+    assert sorted(spectral_adapters.peft.__all__) == [
+        "LiDBConfig",
+        "SODAConfig",
+        "SVDiffConfig",
+        "SpectralAdapterAConfig",
+        "SpectralAdapterRConfig",
+        "load_adapter",
+        "refresh_factors",
+        "save_adapter",
+    ]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,9 @@ from spectral_adapters.peft import (  # noqa: E402
     SpectralAdapterAConfig,
     SpectralAdapterRConfig,
     SVDiffConfig,
+    export_lora,
+    merge_and_unload,
+    to_lora,
 )
 
 
@@ -540,6 +544,76 @@ def test_conversion_to_lora(method):
     assert relative_error(lora(x), model(x)) < 1e-4
 
 
+@every_kind
+@every_method
+def test_export_to_lora(method, build, tmp_path):
+    """A LoRA folder that PEFT alone loads: exact for A, R and LiDB, with its error for the rest."""
+    model = trained(method, build)
+    x = inputs(build())
+    refused = {conv1d: ("2", "groups=2"), conv2d: ("0", "padding_mode='reflect'")}
+    refused[conv3d] = ("2", r"dilation=\(2, 2, 2\)")
+    if build in refused:
+        name, what = refused[build]
+        with pytest.raises(ValueError, match=f"{name} is a convolution with {what}, which a LoRA"):
+            export_lora(model, tmp_path, rank=2)
+        if name == "0":
+            return
+        model = trained(method, build, target_modules=["0"])
+    if not method.low_rank:
+        with pytest.raises(ValueError, match=r"rank must be given: .* at full rank"):
+            export_lora(model, tmp_path)
+        rough = to_lora(model, rank=1).errors
+        assert all(0.01 < error < 1 for error in rough.values())
+    rank = None if method.low_rank else 20
+    for layer in layers(model):
+        layer.set_scale("default", 0.5)
+    errors = export_lora(model, tmp_path, rank=rank)
+    assert all(error < 1e-6 for error in errors.values())
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert type(loaded.peft_config["default"]) is peft.LoraConfig
+    assert relative_error(loaded(x), model(x)) <= 1e-5
+
+
+@every_method
+def test_exported_rank(method):
+    """A is a LoRA of rank 2r, R and LiDB are of rank r; smaller ranks tell their error."""
+    if not method.low_rank:
+        return
+    model = trained(method)
+    r = method.options["r"]
+    exact = to_lora(model)
+    assert exact.rank == (2 * r if method.config is SpectralAdapterAConfig else r)
+    assert set(exact.errors.values()) == {0.0}
+    cut = to_lora(model, rank=1)
+    assert cut.rank == 1 and all(0 < error < 1 for error in cut.errors.values())
+    for layer in layers(model):
+        a, b = (cut.state_dict[f"{layer.name}.lora_{side}.weight"] for side in "AB")
+        delta = layer.get_delta_weight("default")
+        error = float((b @ a - delta).norm() / delta.norm())
+        assert error == pytest.approx(cut.errors[layer.name], rel=1e-3)
+    with pytest.raises(ValueError, match="rank must be an int of at least 1; got 0"):
+        to_lora(model, rank=0)
+    with pytest.raises(ValueError, match=r"adapter_name must be one of \[\]|adapter_name must be"):
+        to_lora(model, "absent")
+
+
+@every_method
+def test_merge_and_unload_of_an_injected_adapter(method):
+    """The merged model has plain layers and the outputs of the adapter."""
+    from peft import inject_adapter_in_model
+
+    x = inputs(mlp())
+    torch.manual_seed(3)
+    model = inject_adapter_in_model(method(init_weights=False), mlp())
+    y = model(x)
+    plain = merge_and_unload(model)
+    assert plain is model and not layers(plain)
+    assert list(plain.state_dict()) == list(mlp().state_dict())
+    assert relative_error(plain(x), y) <= 1e-5
+    with pytest.raises(ValueError, match=r"adapter_name must be one of \[\]"):
+        merge_and_unload(mlp())
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @every_method
 def test_bitsandbytes_base(method, bits):
@@ -572,6 +646,39 @@ def test_bitsandbytes_base(method, bits):
     model.unmerge_adapter()
     assert layers(model)[0].base_layer.weight is before
     torch.testing.assert_close(model(x), y)
+
+
+@every_method
+def test_torchao_base(method):
+    """int8 bases of torchao: trained, merged, unmerged, or refused with a reason."""
+    torchao = pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    assert torchao is not None
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64))
+    quantize_(base, Int8WeightOnlyConfig(version=2))
+    # What transformers keeps on a model that it loads quantised.
+    base.hf_quantizer = SimpleNamespace(
+        quantization_config=SimpleNamespace(
+            get_apply_tensor_subclass=lambda: Int8WeightOnlyConfig(version=2)
+        )
+    )
+    x = torch.randn(5, 64)
+    expected = base(x)
+    if not method.low_rank:
+        with pytest.raises(ValueError, match=r"needs the dense weight at every step"):
+            get_peft_model(base, method(target_modules=["0"]))
+        return
+    model = get_peft_model(base, method(target_modules=["0"]))
+    assert torch.equal(model(x), expected)
+    steps(model, x)
+    y = model(x)
+    assert not torch.allclose(y, expected)
+    model.merge_adapter()
+    assert relative_error(model(x), y) < 0.05
+    model.unmerge_adapter()
+    assert torch.equal(model(x), y)
 
 
 @every_method
@@ -637,11 +744,15 @@ def test_the_export_list_is_frozen():
     """The public names."""
     assert sorted(spectral_adapters.peft.__all__) == [
         "LiDBConfig",
+        "LoRAExport",
         "SODAConfig",
         "SVDiffConfig",
         "SpectralAdapterAConfig",
         "SpectralAdapterRConfig",
+        "export_lora",
         "load_adapter",
+        "merge_and_unload",
         "refresh_factors",
         "save_adapter",
+        "to_lora",
     ]

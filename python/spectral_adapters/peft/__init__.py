@@ -6,6 +6,7 @@
 The import is needed before loading an adapter as well.
 """
 
+from spectral_adapters.peft._export import LoRAExport, export_lora, merge_and_unload, to_lora
 from spectral_adapters.peft._folder import load_adapter, save_adapter
 from spectral_adapters.peft._model import refresh_factors
 from spectral_adapters.peft.lidb import LiDBConfig
@@ -16,11 +17,15 @@ from spectral_adapters.peft.svdiff import SVDiffConfig
 
 __all__ = [
     "LiDBConfig",
+    "LoRAExport",
     "SODAConfig",
     "SVDiffConfig",
     "SpectralAdapterAConfig",
     "SpectralAdapterRConfig",
+    "export_lora",
     "load_adapter",
+    "merge_and_unload",
     "refresh_factors",
     "save_adapter",
+    "to_lora",
 ]

@@ -7,6 +7,7 @@ The folder is PEFT's own: ``adapter_config.json`` and ``adapter_model.safetensor
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from peft.tuners.tuners_utils import delete_adapter, set_requires_grad
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
 
 def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
@@ -38,21 +39,27 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         ValueError: the model has no such adapter.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        raise ValueError(
-            f"adapter_name must be one of {sorted(configs)}, the adapters of "
-            f"{type(model).__name__}; got {adapter_name!r}"
-        )
+    check_adapter_name(model, adapter_name, configs)
     folder = Path(directory)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     config = copy.copy(configs[adapter_name])
     config.inference_mode = True
     config.save_pretrained(str(folder))
     tensors = {
-        _PREFIX + key.removeprefix(_PREFIX): value.detach().cpu().clone().contiguous()
+        PREFIX + key.removeprefix(PREFIX): value.detach().cpu().clone().contiguous()
         for key, value in state.items()
     }
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def check_adapter_name(model: nn.Module, adapter_name: str, known: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless the adapter is one of the known ones."""
+    names = sorted(set(known))
+    if adapter_name not in names:
+        raise ValueError(
+            f"adapter_name must be one of {names}, the adapters of {type(model).__name__}; "
+            f"got {adapter_name!r}"
+        )
 
 
 def load_adapter(
@@ -101,7 +108,7 @@ def load_adapter(
 
 def _fill(model: nn.Module, folder: Path, adapter_name: str, prefix: str) -> None:
     """Load the weights of an adapter that the model has, all of them and nothing else."""
-    weights = load_file(folder / _WEIGHTS)
+    weights = load_file(folder / WEIGHTS)
     result: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     missing = [
         key

@@ -8,6 +8,7 @@ Linear(SpectralLinear, MethodLayer)``; PEFT wants "Linear" in the name of linear
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, ClassVar, cast
@@ -224,11 +225,12 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         assert backend is not None
         if self._unmerged_weight is None:
             return backend.get_base_weight(base)
-        merged, base.weight = base.weight, self._unmerged_weight
+        merged = _quantized_state(base)
         try:
+            _set_quantized_state(base, self._unmerged_weight)
             return backend.get_base_weight(base)
         finally:
-            base.weight = merged
+            _set_quantized_state(base, merged)
 
     def _assign_factors(self, adapter: str, base_dtype: torch.dtype) -> FrozenFactors:
         """Give an adapter factors of the base weight in ``base_dtype``, shared where possible."""
@@ -486,7 +488,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
                 )
         if backend is not None:
             if self._unmerged_weight is None:
-                self._unmerged_weight = weight
+                self._unmerged_weight = _quantized_state(self.get_base_layer())
             backend.set_base_weight(self, merged.to(plain))
         else:
             if self._unmerged_weight is None:
@@ -501,7 +503,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self.quantization_backend is not None:
-            cast(Any, self.get_base_layer()).weight = self._unmerged_weight
+            _set_quantized_state(self.get_base_layer(), self._unmerged_weight)
         else:
             self._base_weight.data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
@@ -611,6 +613,17 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return self.prefix.removesuffix("_") + "." + super().__repr__()
+
+
+def _quantized_state(base: Any) -> tuple[Any, Any]:
+    """The weight of a quantised layer, and what 8-bit layers of bitsandbytes keep beside it."""
+    return base.weight, copy.copy(getattr(base, "state", None))
+
+
+def _set_quantized_state(base: Any, state: tuple[Any, Any]) -> None:
+    base.weight = state[0]
+    if state[1] is not None:
+        base.state = copy.copy(state[1])
 
 
 class SpectralLinear(SpectralLayer):

@@ -1,0 +1,190 @@
+"""Adapters as what every tool reads: LoRA files, and plain merged weights.
+
+Spectral Adapter A is exactly a LoRA of rank 2r, Spectral Adapter R and LiDB are of rank r. SODA and
+SVDiff change the weight at full rank; the nearest LoRA of a given rank is their truncated SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from spectral_adapters.functional import without_autocast
+from spectral_adapters.peft._folder import PREFIX, WEIGHTS, check_adapter_name
+from spectral_adapters.peft._layer import SpectralLayer
+from spectral_adapters.peft._model import adapted_layers
+
+
+@dataclass(frozen=True)
+class LoRAExport:
+    """An adapter as a LoRA whose scale is 1 (``lora_alpha == r``).
+
+    Attributes:
+        rank: r, the same for all layers (smaller ones are padded with zeros).
+        state_dict: ``<module>.lora_A.weight`` and ``<module>.lora_B.weight`` in PEFT's layout,
+            fp32 on the CPU (``lora_embedding_A`` and ``lora_embedding_B`` for embeddings).
+        errors: by module, the Frobenius norm of what the rank leaves out, relative to that of the
+            change; 0.0 where nothing is left out.
+        fan_in_fan_out: whether the adapted layers are ``Conv1D`` of transformers.
+    """
+
+    rank: int
+    state_dict: dict[str, Tensor]
+    errors: dict[str, float]
+    fan_in_fan_out: bool
+
+    @property
+    def config(self) -> LoraConfig:
+        """The PEFT config that goes with the state dict."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.rank,
+            target_modules=list(self.errors),
+            fan_in_fan_out=self.fan_in_fan_out,
+            inference_mode=True,
+        )
+
+
+@torch.no_grad()
+def to_lora(
+    model: nn.Module, adapter_name: str = "default", *, rank: int | None = None
+) -> LoRAExport:
+    """An adapter of ``model`` as a LoRA, at its present scale.
+
+    Args:
+        model: a ``PeftModel`` or a model with injected adapters.
+        adapter_name: the adapter to export.
+        rank: of the LoRA. None takes what represents the adapter exactly, which only the methods
+            of low rank have.
+
+    Raises:
+        ValueError: no such adapter, a rank that does not fit or is missing, or a convolution with
+            groups, dilation or a padding mode, which no LoRA has.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be an int of at least 1; got {rank!r}")
+    layers = adapted_layers(model, adapter_name)
+    if not layers:
+        check_adapter_name(model, adapter_name, ())
+    factors, errors = {}, {}
+    for layer in layers:
+        down, up, errors[layer.name] = _factors(layer, adapter_name, rank)
+        factors[layer.name] = (down, up)
+    widest = max(down.shape[0] for down, _ in factors.values())
+    state_dict: dict[str, Tensor] = {}
+    for layer in layers:
+        state_dict.update(_tensors(layer, *factors[layer.name], widest))
+    kinds = {isinstance(layer.get_base_layer(), Conv1D) for layer in layers}
+    return LoRAExport(widest, state_dict, errors, kinds == {True})
+
+
+def _factors(layer: SpectralLayer, adapter: str, rank: int | None) -> tuple[Tensor, Tensor, float]:
+    """(down [q, in], up [out, q], error) in float64 on the CPU."""
+    scale = layer.scaling[adapter]
+    device = layer._base_weight.device
+    with without_autocast(device):
+        if layer.is_low_rank:
+            down, up = (part.double().cpu() for part in layer._low_rank(adapter, device))
+            if rank is None or len(down) <= rank:
+                return down, scale * up, 0.0
+            change = up @ down
+        elif rank is None:
+            raise ValueError(
+                f"rank must be given: {layer.configs[adapter].method} changes {layer.name} at full "
+                "rank, and a LoRA of any rank is an approximation; a merged checkpoint is exact"
+            )
+        else:
+            change = layer._delta_matrix(adapter, device).double().cpu()
+    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    total = values.square().sum().sqrt()
+    lost = values[rank:].square().sum().sqrt()
+    error = float(lost / total) if total > 0 else 0.0
+    root = values[:rank].sqrt()
+    return root[:, None] * right[:rank], scale * left[:, :rank] * root, error
+
+
+def _tensors(layer: SpectralLayer, down: Tensor, up: Tensor, rank: int) -> dict[str, Tensor]:
+    """The two tensors of one layer in PEFT's layout, padded to ``rank``."""
+    base = layer.get_base_layer()
+    missing = rank - len(down)
+    down = nn.functional.pad(down, (0, 0, 0, missing)).float().contiguous()
+    up = nn.functional.pad(up, (0, missing)).float().contiguous()
+    if isinstance(base, nn.Embedding):
+        return {
+            f"{layer.name}.lora_embedding_A": up.mT.contiguous(),
+            f"{layer.name}.lora_embedding_B": down.mT.contiguous(),
+        }
+    kernel = getattr(base, "kernel_size", None)
+    if isinstance(kernel, tuple):
+        # The convolution of a LoRA has none of these, in PEFT and in the files of others.
+        plain = {"groups": 1, "padding_mode": "zeros", "dilation": (1,) * len(kernel)}
+        for name, value in plain.items():
+            if getattr(base, name) != value:
+                raise ValueError(
+                    f"{layer.name} is a convolution with {name}={getattr(base, name)!r}, which a "
+                    f"LoRA cannot have, only {value!r}; exclude it, or export a merged checkpoint"
+                )
+        down = down.view(rank, -1, *kernel)
+        up = up.view(-1, rank, *[1] * len(kernel))
+    return {f"{layer.name}.lora_A.weight": down, f"{layer.name}.lora_B.weight": up}
+
+
+def export_lora(
+    model: nn.Module,
+    directory: str | Path,
+    adapter_name: str = "default",
+    *,
+    rank: int | None = None,
+) -> Mapping[str, float]:
+    """Write an adapter as a PEFT LoRA folder; arguments and errors as for :func:`to_lora`.
+
+    ``PeftModel.from_pretrained(base, directory)`` loads it without this package.
+
+    Returns:
+        The relative error by module, see :class:`LoRAExport`.
+    """
+    lora = to_lora(model, adapter_name, rank=rank)
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    lora.config.save_pretrained(str(folder))
+    tensors = {PREFIX + key: value for key, value in lora.state_dict.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return lora.errors
+
+
+@torch.no_grad()
+def merge_and_unload(
+    model: nn.Module, adapter_name: str = "default", *, safe_merge: bool = False
+) -> nn.Module:
+    """Merge an injected adapter into the base weights and take all spectral layers out, in place.
+
+    For models that are no ``PeftModel``; this one has its own method of the same name.
+
+    Raises:
+        ValueError: the model has no such adapter, or, with ``safe_merge``, the merged weights would
+            not be finite.
+    """
+    names = {
+        name: module for name, module in model.named_modules() if isinstance(module, SpectralLayer)
+    }
+    check_adapter_name(model, adapter_name, [n for layer in names.values() for n in layer.configs])
+    for layer in names.values():
+        if layer.merged:
+            layer.unmerge()
+        if adapter_name in layer.configs:
+            layer.merge(safe_merge=safe_merge, adapter_names=[adapter_name])
+    for name, layer in names.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    if hasattr(model, "_hf_peft_config_loaded"):
+        setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010
+    return model

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_personalize(commands)
+    add_export(commands)
     options = vars(parser.parse_args(argv))
     run, name = options.pop("run"), options.pop("command")
     try:
@@ -96,6 +97,76 @@ def run_personalize(options: dict[str, Any]) -> int:
     from spectral_adapters.personalize.run import personalize
 
     return personalize(settings)
+
+
+EXPORT_FORMATS = ("diffusers", "kohya", "peft", "merged")
+
+
+def add_export(commands: Any) -> None:
+    """Add ``export``."""
+    parser = commands.add_parser(
+        "export",
+        help="write an adapter of a pipeline as a LoRA file, or as a merged pipeline",
+        description=(
+            "Write an adapter for tools that do not know this package. Spectral Adapters A and R "
+            "and LiDB are exactly LoRAs; SODA and SVDiff are cut to --rank, with the error of each "
+            "layer printed, or merged."
+        ),
+    )
+    parser.add_argument("--base", required=True, metavar="FOLDER|ID", help="the base pipeline")
+    parser.add_argument(
+        "--adapter", required=True, metavar="FOLDER", help="what personalize or save_adapter wrote"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument(
+        "--format",
+        choices=EXPORT_FORMATS,
+        default="diffusers",
+        help="LoRA for load_lora_weights, with kohya's keys, or as a PEFT folder per component; "
+        "or the merged pipeline (default: diffusers)",
+    )
+    parser.add_argument("--rank", type=int, metavar="N", help="of the LoRA, if it is not exact")
+    parser.set_defaults(run=run_export, command="export")
+
+
+def run_export(options: dict[str, Any]) -> int:
+    """Load base and adapter, write, and print what was left out."""
+    _quieten_libraries()
+    from spectral_adapters import diffusers as adapters
+    from spectral_adapters.peft import export_lora as export_component
+    from spectral_adapters.personalize.pipelines import load_pipeline
+
+    output, rank = Path(options["output"]), options["rank"]
+    if options["format"] == "merged" and rank is not None:
+        raise UsageError("--rank is for LoRAs; a merged pipeline is exact")
+    try:
+        pipe = load_pipeline(options["base"])
+        adapters.load_adapter(pipe, options["adapter"])
+        if options["format"] == "merged":
+            adapters.export_merged(pipe, output)
+            errors: dict[str, Any] = {}
+        elif options["format"] == "peft":
+            errors = {
+                name: export_component(module, output / name, rank=rank)
+                for name, module in adapters.adapted_components(pipe).items()
+            }
+        else:
+            errors = adapters.export_lora(pipe, output, rank=rank, file_format=options["format"])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    lines = [
+        (f"{component}.{name}", lost)
+        for component, found in errors.items()
+        for name, lost in found.items()
+    ]
+    if any(lost for _, lost in lines):
+        print("relative error of the change of the weight, by layer:")
+        for name, lost in lines:
+            print(f"  {lost:8.4f}  {name}")
+    elif lines:
+        print(f"{len(lines)} layers, exact")
+    print(f"written: {output}")
+    return 0
 
 
 def _quieten_libraries() -> None:

@@ -2,6 +2,8 @@
 
 ``FOLDER/unet/adapter_config.json`` and ``FOLDER/unet/adapter_model.safetensors`` are what
 ``peft.PeftModel.from_pretrained(pipe.unet, "FOLDER/unet")`` reads as well, for any PEFT method.
+
+:func:`export_lora` and :func:`export_merged` write what tools without this package read.
 """
 
 from __future__ import annotations
@@ -12,19 +14,26 @@ from typing import Any
 
 from torch import nn
 
+from spectral_adapters._validation import check_choice
+from spectral_adapters.peft import LoRAExport, merge_and_unload, to_lora
 from spectral_adapters.peft import load_adapter as load_component
 from spectral_adapters.peft import save_adapter as save_component
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "LORA_FORMATS",
     "adapted_components",
+    "export_lora",
+    "export_merged",
     "load_adapter",
     "save_adapter",
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+#: Layouts of LoRA files: of ``load_lora_weights``, and of the tools that use kohya's keys.
+LORA_FORMATS = ("diffusers", "kohya")
 
 
 def save_adapter(pipe: Any, folder: str | Path, adapter_name: str = "default") -> None:
@@ -40,12 +49,7 @@ def save_adapter(pipe: Any, folder: str | Path, adapter_name: str = "default") -
     Raises:
         ValueError: no component has this adapter.
     """
-    found = adapted_components(pipe, adapter_name)
-    if not found:
-        raise ValueError(
-            f"adapter_name must be an adapter of the pipeline; no component has {adapter_name!r}"
-        )
-    for name, module in found.items():
+    for name, module in _require_adapter(pipe, adapter_name).items():
         place, part = Path(folder) / name, Path(folder) / f".{name}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -99,3 +103,78 @@ def adapted_components(pipe: Any, adapter_name: str = "default") -> dict[str, nn
         for name, module in pipe.components.items()
         if isinstance(module, nn.Module) and adapter_name in getattr(module, "peft_config", {})
     }
+
+
+def export_lora(
+    pipe: Any,
+    folder: str | Path,
+    adapter_name: str = "default",
+    *,
+    rank: int | None = None,
+    file_format: str = "diffusers",
+) -> dict[str, dict[str, float]]:
+    """Write one adapter as a LoRA file, ``FOLDER/pytorch_lora_weights.safetensors``.
+
+    ``pipe.load_lora_weights(folder)`` reads both formats, without this package. Spectral Adapters A
+    and R and LiDB are exact; SODA and SVDiff are cut to ``rank``.
+
+    Args:
+        pipe: a diffusers pipeline with the adapter, at the scale to export.
+        folder: made if it is not there.
+        adapter_name: the adapter to export.
+        rank: of the LoRA; None for the exact one.
+        file_format: "diffusers", or "kohya" with the ranks as alphas. Diffusers itself reads text
+            encoders in kohya's layout only if their ``out_proj`` is adapted too.
+
+    Returns:
+        By component and module: the Frobenius norm of what is left out, relative to the change.
+
+    Raises:
+        ValueError: no such adapter, a missing rank, or a layer that no LoRA file describes.
+    """
+    check_choice("file_format", file_format, LORA_FORMATS)
+    exports = {
+        name: to_lora(module, adapter_name, rank=rank)
+        for name, module in _require_adapter(pipe, adapter_name).items()
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if file_format == "kohya":
+        _save_kohya(exports, Path(folder))
+    else:
+        layers = {f"{name}_lora_layers": lora.state_dict for name, lora in exports.items()}
+        type(pipe).save_lora_weights(save_directory=str(folder), **layers)
+    return {name: lora.errors for name, lora in exports.items()}
+
+
+def _save_kohya(exports: dict[str, LoRAExport], folder: Path) -> None:
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+    from diffusers.utils import convert_state_dict_to_kohya
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, lora in exports.items():
+        # Kohya's keys are those of CLIPTextModel as it was before transformers flattened it.
+        inner = "text_model." if name.startswith("text_encoder") else ""
+        for key, value in lora.state_dict.items():
+            tensors[f"{name}.{inner}{key.removeprefix(inner)}"] = value
+    save_file(convert_state_dict_to_kohya(tensors), folder / LORA_WEIGHT_NAME_SAFE)
+
+
+def export_merged(pipe: Any, folder: str | Path, adapter_name: str = "default") -> None:
+    """Merge one adapter into the weights of ``pipe``, in place, and write the whole pipeline.
+
+    Raises:
+        ValueError: no component has this adapter, or the merged weights would not be finite.
+    """
+    for module in _require_adapter(pipe, adapter_name).values():
+        merge_and_unload(module, adapter_name, safe_merge=True)
+    pipe.save_pretrained(str(folder))
+
+
+def _require_adapter(pipe: Any, adapter_name: str) -> dict[str, nn.Module]:
+    found = adapted_components(pipe, adapter_name)
+    if not found:
+        raise ValueError(
+            f"adapter_name must be an adapter of the pipeline; no component has {adapter_name!r}"
+        )
+    return found

@@ -147,6 +147,21 @@ def test_saved_adapter_draws_the_same_image_in_a_fresh_pipeline(base, finished):
     assert torch.equal(drawn(pipe), adapted)
 
 
+@pytest.mark.parametrize("method", ["svdiff", "spectral-a", "spectral-r", "lidb"])
+def test_every_method_trains_and_loads(base, pictures, tmp_path, method):
+    assert cli.main(arguments(base, pictures, tmp_path / "run", f"--method={method}")) == 0
+    result = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert result["trained_parameters"] > 0
+    from spectral_adapters.diffusers import load_adapter
+
+    settings = Settings(base=str(base), images=str(pictures), output=str(tmp_path / "run"))
+    pipe = run.load_pipeline(settings)
+    load_adapter(pipe, tmp_path / "run")
+    layers = [module for module in pipe.unet.modules() if hasattr(module, "get_delta_weight")]
+    moved = [layer.get_delta_weight("default") for layer in layers]
+    assert moved and all(torch.count_nonzero(delta) for delta in moved)
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -331,7 +346,10 @@ def test_folder_errors_name_the_file(tmp_path, kind, message):
         (("--base=/nonexistent/model",), "--base /nonexistent/model does not exist"),
         (("--style=openmoji",), "one of --images FOLDER and --style NAME"),
         (("--names", "dog"), "--names needs --style"),
-        (("--rank=4",), "--rank is an option of --method lora, not of soda"),
+        (
+            ("--rank=4",),
+            "--rank is an option of --method spectral-a or spectral-r or lidb or lora, not of soda",
+        ),
         (("--method=lora", "--rotation=left"), "--rotation is an option of --method soda"),
         (("--target-modules", "nowhere"), "'nowhere' is none of attention"),
         (("--factors", "8x2"), "--factors must be like 640=8x8x10; got '8x2'"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from spectral_adapters.personalize.settings import (
     METHOD_OPTIONS,
+    METHODS,
     TARGET_PRESETS,
     Settings,
     UsageError,
@@ -43,22 +45,63 @@ def make_config(settings: Settings, unet: nn.Module) -> PeftConfig:
     }
     options.pop("spectrum_learning_rate", None)
     try:
-        if settings.method == "lora":
-            from peft import LoraConfig
-
-            rank = options.get("rank", 4)
-            return LoraConfig(
-                r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets
-            )
-        from spectral_adapters.peft import SODAConfig
-
-        if options.get("rotation") == "none":
-            options["rotation"] = None
-        if "factors" in options:
-            options["factors"] = factor_sizes(options["factors"])
-        return SODAConfig(target_modules=targets, **options)
+        return _CONFIGS[settings.method](targets, options)
     except ValueError as error:
         raise UsageError(f"--method {settings.method}: {error}") from error
+
+
+def _lora(targets: list[str], options: dict[str, Any]) -> PeftConfig:
+    from peft import LoraConfig
+
+    rank = options.get("rank", 4)
+    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
+
+
+def _soda(targets: list[str], options: dict[str, Any]) -> PeftConfig:
+    from spectral_adapters.peft import SODAConfig
+
+    if options.get("rotation") == "none":
+        options["rotation"] = None
+    if "factors" in options:
+        options["factors"] = factor_sizes(options["factors"])
+    return SODAConfig(target_modules=targets, **options)
+
+
+def _svdiff(targets: list[str], options: dict[str, Any]) -> PeftConfig:
+    from spectral_adapters.peft import SVDiffConfig
+
+    return SVDiffConfig(target_modules=targets, **options)
+
+
+def _spectral_a(targets: list[str], options: dict[str, Any]) -> PeftConfig:
+    from spectral_adapters.peft import SpectralAdapterAConfig
+
+    r = options.pop("rank", 4)
+    return SpectralAdapterAConfig(target_modules=targets, r=r, **options)
+
+
+def _spectral_r(targets: list[str], options: dict[str, Any]) -> PeftConfig:
+    from spectral_adapters.peft import SpectralAdapterRConfig
+
+    r = options.pop("rank", 8)
+    return SpectralAdapterRConfig(target_modules=targets, r=r, **options)
+
+
+def _lidb(targets: list[str], options: dict[str, Any]) -> PeftConfig:
+    from spectral_adapters.peft import LiDBConfig
+
+    return LiDBConfig(target_modules=targets, r=options.pop("rank", 1))
+
+
+_CONFIGS: dict[str, Callable[[list[str], dict[str, Any]], PeftConfig]] = {
+    "soda": _soda,
+    "svdiff": _svdiff,
+    "spectral-a": _spectral_a,
+    "spectral-r": _spectral_r,
+    "lidb": _lidb,
+    "lora": _lora,
+}
+assert tuple(_CONFIGS) == METHODS
 
 
 def target_modules(names: tuple[str, ...], unet: nn.Module) -> list[str]:
@@ -100,11 +143,18 @@ def factor_sizes(tokens: tuple[str, ...]) -> dict[int, tuple[int, ...]]:
 
 def describe(config: Any) -> str:
     """Return one line for the report."""
-    if not hasattr(config, "decomposition"):
+    kind = str(config.peft_type.value)
+    if kind == "LORA":
         return f"LoRA, rank {config.r}"
-    parts = [config.decomposition, f"rotation {config.rotation or 'none'}"]
-    if config.rotation is not None:
-        parts.append(config.parametrization)
-    if config.spectrum_activation != "identity":
-        parts.append(config.spectrum_activation)
-    return f"SODA ({', '.join(parts)})"
+    if kind == "SODA":
+        parts = [config.decomposition, f"rotation {config.rotation or 'none'}"]
+        if config.rotation is not None:
+            parts.append(config.parametrization)
+        if config.spectrum_activation != "identity":
+            parts.append(config.spectrum_activation)
+        return f"SODA ({', '.join(parts)})"
+    if kind == "SVDIFF":
+        return f"SVDiff ({config.spectrum_activation})"
+    if kind == "LIDB":
+        return f"LiDB, rank {config.r} in {config.a} x {config.b}"
+    return f"Spectral Adapter {kind[-1]}, {config.columns} {config.r} columns"

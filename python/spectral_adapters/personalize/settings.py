@@ -15,10 +15,17 @@ from typing import Any
 
 RECORD = "run.json"
 
-METHODS = ("soda", "lora")
+METHODS = ("soda", "svdiff", "spectral-a", "spectral-r", "lidb", "lora")
 
 #: Learning rates that the development split chose for the shipped base model.
-LEARNING_RATES = {"soda": 4e-3, "lora": 2e-3}
+LEARNING_RATES = {
+    "soda": 4e-3,
+    "svdiff": 4e-3,
+    "spectral-a": 2e-3,
+    "spectral-r": 4e-3,
+    "lidb": 4e-3,
+    "lora": 2e-3,
+}
 
 #: Names that ``target_modules`` understands besides the endings of module names.
 TARGET_PRESETS = ("attention", "transformer", "convolution", "all")
@@ -121,11 +128,21 @@ class Settings:
     )
     spectrum_activation: str | None = _option(
         None,
-        "soda: activation of the spectrum",
+        "soda, svdiff: activation of the spectrum",
         group="method",
         choices=("identity", "relu", "softplus"),
     )
-    rank: int | None = _option(None, "lora: rank (default 4)", group="method")
+    rank: int | None = _option(
+        None,
+        "rank, or number of singular triples (default: lora 4, spectral-a 4, spectral-r 8, lidb 1)",
+        group="method",
+    )
+    columns: str | None = _option(
+        None,
+        "spectral-a, spectral-r: end of the spectrum to adapt (default: top)",
+        group="method",
+        choices=("top", "bottom"),
+    )
 
     steps: int = _option(400, "optimizer steps", group="training")
     batch_size: int = _option(8, "images per micro-batch and process", group="training")
@@ -236,12 +253,12 @@ class Settings:
             if getattr(self, name) is not None:
                 needed = "--style" if self.style is None else "--images"
                 raise UsageError(f"{flag(name)} needs {needed}")
-        for method, names in METHOD_OPTIONS.items():
-            for name in names:
-                if method != self.method and getattr(self, name) is not None:
-                    raise UsageError(
-                        f"{flag(name)} is an option of --method {method}, not of {self.method}"
-                    )
+        for name in sorted({name for names in METHOD_OPTIONS.values() for name in names}):
+            if name not in METHOD_OPTIONS[self.method] and getattr(self, name) is not None:
+                owners = " or ".join(m for m, names in METHOD_OPTIONS.items() if name in names)
+                raise UsageError(
+                    f"{flag(name)} is an option of --method {owners}, not of {self.method}"
+                )
         for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every"):
             self._check_at_least(name, 1)
         for name in ("rank", "sample_steps", "sample_batch_size", "resolution"):
@@ -292,6 +309,10 @@ METHOD_OPTIONS = {
         "spectrum_activation",
         "spectrum_learning_rate",
     ),
+    "svdiff": ("spectrum_activation",),
+    "spectral-a": ("rank", "columns"),
+    "spectral-r": ("rank", "columns"),
+    "lidb": ("rank",),
     "lora": ("rank",),
 }
 

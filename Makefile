@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc spectral_kernels python -type f -not -name '*.so' -not -name '*.pyc')
 OUTPUT ?= outputs/demo
+# Chosen on the development names; see docs/personalize.md.
+DEMO ?= --target-modules text --factors 112=112 --learning-rate 1e-2 --steps 300 --flip --eval-count 200
 
 .PHONY: help install demo test check lint bench clean
 
@@ -35,7 +37,7 @@ $(VENV)/.package: $(VENV)/.dependencies $(SOURCES)
 install: $(VENV)/.package
 
 demo: install
-	$(BIN)/spectral-adapters personalize --base examples/emoji_base/model --style openmoji --output $(OUTPUT)
+	$(BIN)/spectral-adapters personalize --base examples/emoji_base/model --style openmoji --output $(OUTPUT) $(DEMO)
 
 # One of the tests runs the Triton kernels in its interpreter, in a process of its own.
 test: install

@@ -147,6 +147,30 @@ def test_saved_adapter_draws_the_same_image_in_a_fresh_pipeline(base, finished):
     assert torch.equal(drawn(pipe), adapted)
 
 
+def test_prior_preservation_keeps_what_the_base_draws(base, pictures, tmp_path):
+    """The base model's own drawings: trained on as much as on the images, and kept better."""
+    from spectral_adapters.personalize.evaluation import draw, without_adapter
+
+    more = ("--prior-images=4", "--prior-caption=green", "--steps=30", "--learning-rate=0.05")
+    distances = []
+    for name, weight in (("without", 0), ("with", 20)):
+        output = tmp_path / name
+        assert cli.main(arguments(base, pictures, output, *more, f"--prior-weight={weight}")) == 0
+        settings = Settings(base=str(base), images=str(pictures), output=str(output))
+        pipe = run.load_pipeline(settings)
+        from spectral_adapters.diffusers import load_adapter
+
+        load_adapter(pipe, output)
+        sampling = run.sampling_of(Settings(sample_steps=2), (16, 16))
+        after = draw(pipe, ["green"] * 4, sampling)
+        with without_adapter(pipe.unet):
+            before = draw(pipe, ["green"] * 4, sampling)
+        distances.append(float((after - before).square().mean()))
+    assert distances[1] < 0.5 * distances[0]
+    found = json.loads((tmp_path / "with" / "report.json").read_text())
+    assert found["setup_seconds"]["prior"] > 0
+
+
 @pytest.mark.parametrize("method", ["svdiff", "spectral-a", "spectral-r", "lidb"])
 def test_every_method_trains_and_loads(base, pictures, tmp_path, method):
     assert cli.main(arguments(base, pictures, tmp_path / "run", f"--method={method}")) == 0
@@ -165,7 +189,7 @@ def test_every_method_trains_and_loads(base, pictures, tmp_path, method):
 @pytest.mark.parametrize(
     "more",
     [
-        ("--method=lora", "--rank=2"),
+        ("--method=lora", "--rank=2", "--prior-images=3", "--prior-caption=red"),
         ("--parametrization=stiefel", "--rotation=right", "--target-modules", "attention"),
         ("--decomposition=qr", "--gradient-accumulation=2", "--schedule=constant"),
     ],
@@ -346,6 +370,8 @@ def test_folder_errors_name_the_file(tmp_path, kind, message):
         (("--base=/nonexistent/model",), "--base /nonexistent/model does not exist"),
         (("--style=openmoji",), "one of --images FOLDER and --style NAME"),
         (("--names", "dog"), "--names needs --style"),
+        (("--prior-images=3",), "--prior-images and --prior-caption need each other"),
+        (("--prior-images=-1",), "--prior-images must be at least 0; got -1"),
         (
             ("--rank=4",),
             "--rank is an option of --method spectral-a or spectral-r or lidb or lora, not of soda",

@@ -19,10 +19,14 @@ from spectral_adapters.personalize.settings import (
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+# Keys and values of the text: what a word looks like, and nothing else (Kumari et al., "Custom
+# Diffusion", CVPR 2023).
+TEXT = ("attn2.to_k", "attn2.to_v")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TRANSFORMER = (*ATTENTION, "net.0.proj", "net.2", "proj_in", "proj_out")
 CONVOLUTION = ("conv1", "conv2", "conv_shortcut", "conv")
 PRESETS = {
+    "text": TEXT,
     "attention": ATTENTION,
     "transformer": TRANSFORMER,
     "convolution": CONVOLUTION,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_adapters.personalize import similarity
-from spectral_adapters.personalize.trainer import seeded
+from spectral_adapters.personalize.trainer import Conditions, encode_captions, seeded
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,23 @@ class Sampling:
 
 
 @torch.no_grad()
-def draw(pipe: Any, prompts: Sequence[str], sampling: Sampling, *, label: str = "") -> Tensor:
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    label: str = "",
+    output_type: str = "pt",
+) -> Tensor:
     """Return float32 ``[len(prompts), 3, height, width]`` in ``[0, 1]`` on the CPU.
 
-    With ``label``, a progress bar shows it.
+    With ``label``, a progress bar shows it; with ``output_type="latent"`` it is the latents.
     """
     from tqdm.auto import tqdm
 
     pipe.set_progress_bar_config(disable=True)
     height, width = sampling.size
-    images = [torch.zeros(0, 3, height, width)]
+    images = []
     with tqdm(total=len(prompts), unit="image", desc=label, disable=not label, leave=False) as bar:
         for start in range(0, len(prompts), sampling.batch_size):
             batch = list(prompts[start : start + sampling.batch_size])
@@ -55,11 +62,20 @@ def draw(pipe: Any, prompts: Sequence[str], sampling: Sampling, *, label: str = 
                 guidance_scale=sampling.guidance_scale,
                 height=height,
                 width=width,
-                output_type="pt",
+                output_type=output_type,
             ).images
             images.append(drawn.float().cpu())
             bar.update(len(batch))
-    return torch.cat(images)
+    return torch.cat(images) if images else torch.zeros(0, 3, height, width)
+
+
+@torch.no_grad()
+def draw_prior(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Conditions:
+    """Let the base model draw what training is to keep, as training data."""
+    latents = draw(pipe, prompts, sampling, label="prior", output_type="latent")
+    mean = latents[:, None].to(pipe.vae.device)
+    states, added = encode_captions(pipe, [*prompts, ""], sampling.size)
+    return Conditions(mean, torch.zeros_like(mean), states, added)
 
 
 @torch.no_grad()

@@ -41,6 +41,9 @@ SAMPLES = "samples"
 EMOJI_SAMPLING = (20, 3.0, 50)
 FOLDER_SAMPLING = (50, 7.5, 4)
 
+#: Drawings of the base model kept in training, for a built-in style.
+EMOJI_PRIOR = 64
+
 FINISHED, DIVERGED, INTERRUPTED = 0, 1, 130
 
 
@@ -108,9 +111,14 @@ def personalize(settings: Settings) -> int:
 
     with watch.stage("encode"):
         conditions = encode(pipe, training, flip=settings.flip)
+    prior = None
+    prompts = prior_prompts(settings, training)
+    if prompts:
+        with watch.stage("prior"):
+            prior = evaluation.draw_prior(pipe, prompts, sampling_of(settings, size))
     with watch.stage("adapter"):
         add_adapter(pipe, settings, output)
-        trainer = Trainer(pipe, conditions, settings, output, accelerator)
+        trainer = Trainer(pipe, conditions, settings, output, accelerator, prior)
     if settings.resume:
         trainer.resume()
     elif accelerator.is_main_process:
@@ -221,6 +229,22 @@ def held_out_pictures(
     prompts = tuple(emoji.caption(name, style) for name in pictures.names)
     title = f"{len(pictures)} held-out names ({settings.eval_split})"
     return HeldOut(pictures, True, title, {style: prompts})
+
+
+def prior_prompts(settings: Settings, training: data.Pictures) -> tuple[str, ...]:
+    """Return what the base model draws for prior preservation.
+
+    For a folder it is one caption; for a style, names in the base style, none of them held out.
+    """
+    if settings.style is None:
+        return (settings.prior_caption or "",) * (settings.prior_images or 0)
+    count = EMOJI_PRIOR if settings.prior_images is None else settings.prior_images
+    reserved = {item.name for split in ("dev", "test") for item in emoji.split(split)}
+    reserved.update(training.names)
+    names = [item.name for item in emoji.split("pretrain") if item.name not in reserved]
+    count = min(count, len(names))
+    chosen = [names[index * len(names) // count] for index in range(count)]
+    return tuple(emoji.caption(name, settings.base_style) for name in chosen)
 
 
 def add_adapter(pipe: Any, settings: Settings, output: Path) -> None:

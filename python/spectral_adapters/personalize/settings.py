@@ -28,7 +28,7 @@ LEARNING_RATES = {
 }
 
 #: Names that ``target_modules`` understands besides the endings of module names.
-TARGET_PRESETS = ("attention", "transformer", "convolution", "all")
+TARGET_PRESETS = ("text", "attention", "transformer", "convolution", "all")
 
 
 class UsageError(ValueError):
@@ -100,6 +100,16 @@ class Settings:
         None, "side of the training images in pixels (default: the pipeline's)", group="data"
     )
     flip: bool = _option(False, "also train on mirrored images", group="data")
+    prior_images: int | None = _option(
+        None,
+        "images that the base model draws first and that training keeps (prior preservation); "
+        "default: 64 names in the base style for --style, none for --images",
+        group="data",
+    )
+    prior_caption: str | None = _option(
+        None, 'what --prior-images show with --images, like "a photo of a dog"', group="data"
+    )
+    prior_weight: float = _option(1.0, "weight of the prior images' loss", group="data")
 
     method: str = _option("soda", "kind of adapter", group="method", choices=METHODS)
     target_modules: tuple[str, ...] = _option(
@@ -247,7 +257,7 @@ class Settings:
             raise UsageError("--resume and --overwrite exclude each other")
         if (self.images is None) == (self.style is None):
             raise UsageError("give the training images by one of --images FOLDER and --style NAME")
-        folder_only = ("caption", "eval_images")
+        folder_only = ("caption", "eval_images", "prior_caption")
         style_only = ("names",)
         for name in style_only if self.style is None else folder_only:
             if getattr(self, name) is not None:
@@ -265,6 +275,8 @@ class Settings:
             if getattr(self, name) is not None:
                 self._check_at_least(name, 1)
         for name in (
+            "prior_images",
+            "prior_weight",
             "warmup_steps",
             "weight_decay",
             "max_grad_norm",
@@ -278,6 +290,8 @@ class Settings:
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < float("inf"):
                 raise UsageError(f"{flag(name)} must be above 0; got {rate}")
+        if self.images is not None and bool(self.prior_images) != bool(self.prior_caption):
+            raise UsageError("with --images, --prior-images and --prior-caption need each other")
         if not 0 <= self.caption_dropout <= 1:
             raise UsageError(f"--caption-dropout must be in [0, 1]; got {self.caption_dropout}")
         self._check_at_least("eval_count", 2)

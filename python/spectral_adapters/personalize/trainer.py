@@ -15,14 +15,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_adapters.diffusers import save_adapter
@@ -100,6 +99,29 @@ class Conditions:
 
 
 @torch.no_grad()
+def encode_captions(
+    pipe: Any, captions: Sequence[str], size: tuple[int, int]
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Return text states ``[N, T, D]`` and, for SDXL, pooled states and size conditions."""
+    encoded = pipe.encode_prompt(
+        prompt=list(captions),
+        device=pipe.vae.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+    states = encoded[0]
+    if pipe.unet.config.addition_embed_type != "text_time":
+        return states, None
+    pooled = encoded[2]
+    if pipe.config.get("force_zeros_for_empty_prompt"):
+        empty = torch.tensor([caption == "" for caption in captions], device=states.device)
+        states = states.masked_fill(empty[:, None, None], 0)
+        pooled = pooled.masked_fill(empty[:, None], 0)
+    sizes = torch.tensor([*size, 0, 0, *size])
+    return states, (pooled, sizes.to(pooled))
+
+
+@torch.no_grad()
 def encode(pipe: Any, pictures: Pictures, *, flip: bool = False) -> Conditions:
     """Run the autoencoder and the text encoders over the training data."""
     vae = pipe.vae
@@ -118,23 +140,8 @@ def encode(pipe: Any, pictures: Pictures, *, flip: bool = False) -> Conditions:
     mean, std = torch.stack(moments, 1)
     shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
 
-    captions = [*pictures.captions, ""]
-    encoded = pipe.encode_prompt(
-        prompt=captions,
-        device=vae.device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=False,
-    )
-    added = None
-    states = encoded[0]
-    if pipe.unet.config.addition_embed_type == "text_time":
-        pooled = encoded[2]
-        if pipe.config.get("force_zeros_for_empty_prompt"):
-            states, pooled = states.clone(), pooled.clone()
-            states[-1], pooled[-1] = 0, 0
-        height, width = pictures.images.shape[-2:]
-        sizes = torch.tensor([height, width, 0, 0, height, width])
-        added = (pooled, sizes.to(pooled))
+    height, width = pictures.images.shape[-2:]
+    states, added = encode_captions(pipe, [*pictures.captions, ""], (height, width))
     return Conditions((mean - shift) * scale, std * scale, states, added)
 
 
@@ -249,6 +256,8 @@ class Trainer:
         pipe: a pipeline that passes :func:`check_pipeline`, on the accelerator's device, with one
             trainable adapter.
         conditions: from :func:`encode`.
+        prior: what the base model drew itself, to be kept: each micro-batch holds as many of these
+            as of the training images (prior preservation, Ruiz et al., "DreamBooth", CVPR 2023).
         settings: see :class:`Settings`.
         output: the adapter goes to ``output/unet``, the state for resuming to ``output/state``.
         accelerator: ``accelerate.Accelerator``, made by :func:`make_accelerator`.
@@ -261,11 +270,13 @@ class Trainer:
         settings: Settings,
         output: Path,
         accelerator: Any,
+        prior: Conditions | None = None,
     ) -> None:
         from diffusers import DDPMScheduler
 
         self.pipe = pipe
         self.conditions = conditions
+        self.prior = prior
         self.settings = settings
         self.output = output
         self.accelerator = accelerator
@@ -399,34 +410,48 @@ class Trainer:
 
     def _loss(self, step: int, micro: int) -> Tensor:
         """The denoising loss of one micro-batch, a scalar."""
-        settings, data, device = self.settings, self.conditions, self.accelerator.device
-        size, processes = settings.batch_size, self.accelerator.num_processes
-        rank = self.accelerator.process_index
-        batch = step * settings.gradient_accumulation + micro
-        chosen = picks(len(data.mean), (batch * processes + rank) * size, size, settings.seed)
-        draw = seeded(settings.seed, "batch", batch, rank)
-        view = torch.randint(data.mean.shape[1], (size,), generator=draw)
-        timesteps = torch.randint(
-            self.noise.config.num_train_timesteps, (size,), generator=draw
-        ).to(device)
-        latent_noise, noise = torch.randn(2, size, *data.mean.shape[2:], generator=draw).to(device)
-        empty = torch.rand(size, generator=draw) < settings.caption_dropout
-        captions = torch.where(empty, len(data.states) - 1, chosen)
-
-        clean = data.mean[chosen, view] + data.std[chosen, view] * latent_noise
+        settings = self.settings
+        examples = [self._examples(self.conditions, "batch", step, micro)]
+        if self.prior is not None:
+            examples.append(self._examples(self.prior, "prior", step, micro))
+        clean, noise, timesteps, states = (
+            torch.cat(parts) for parts in zip(*(tensors[:4] for tensors in examples), strict=True)
+        )
         kind = self.noise.config.prediction_type
         if kind == "v_prediction":
             target = self.noise.get_velocity(clean, noise, timesteps)
         else:
             target = noise if kind == "epsilon" else clean
-        states = data.states[captions]
         noisy = self.noise.add_noise(clean, noise, timesteps).to(states.dtype)
         added = None
-        if data.added is not None:
-            pooled, sizes = data.added
-            added = (pooled[captions], sizes.expand(size, -1))
+        if self.conditions.added is not None:
+            pooled = torch.cat([tensors[4] for tensors in examples if tensors[4] is not None])
+            added = (pooled, self.conditions.added[1].expand(len(states), -1))
         output = self.denoiser(noisy, timesteps, states, added)
-        return F.mse_loss(output.float(), target.float())
+        errors = (output.float() - target.float()).square().flatten(1).mean(1)
+        size = settings.batch_size
+        loss = errors[:size].mean()
+        return loss if self.prior is None else loss + settings.prior_weight * errors[size:].mean()
+
+    def _examples(
+        self, data: Conditions, purpose: str, step: int, micro: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Latents, noise, timesteps, text states and pooled states of one micro-batch."""
+        settings, device = self.settings, self.accelerator.device
+        size, processes = settings.batch_size, self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        batch = step * settings.gradient_accumulation + micro
+        chosen = picks(len(data.mean), (batch * processes + rank) * size, size, settings.seed)
+        draw = seeded(settings.seed, purpose, batch, rank)
+        view = torch.randint(data.mean.shape[1], (size,), generator=draw)
+        levels = self.noise.config.num_train_timesteps
+        timesteps = torch.randint(levels, (size,), generator=draw).to(device)
+        latent_noise, noise = torch.randn(2, size, *data.mean.shape[2:], generator=draw).to(device)
+        empty = torch.rand(size, generator=draw) < settings.caption_dropout
+        captions = torch.where(empty, len(data.states) - 1, chosen)
+        clean = data.mean[chosen, view] + data.std[chosen, view] * latent_noise
+        pooled = None if data.added is None else data.added[0][captions]
+        return clean, noise, timesteps, data.states[captions], pooled
 
     def _stopped(self, stop: StopRequest) -> bool:
         """Whether any process was asked to stop: all of them must leave the loop together."""

@@ -233,7 +233,8 @@ torch.save(model(data["x"]).detach(), {str(tmp_path / "y.pt")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "y.pt"), model(inputs(mlp())))
+    # Not to the last bit: GEMMs round by the alignment of memory, which another process has.
+    assert relative_error(torch.load(tmp_path / "y.pt"), model(inputs(mlp()))) <= 1e-6
 
 
 def test_the_model_card_says_how_to_load(tmp_path):

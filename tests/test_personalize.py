@@ -370,7 +370,7 @@ def test_folder_errors_name_the_file(tmp_path, kind, message):
             "--rank is an option of --method spectral-a or spectral-r or lidb or lora, not of soda",
         ),
         (("--method=lora", "--rotation=left"), "--rotation is an option of --method soda"),
-        (("--target-modules", "nowhere"), "'nowhere' is none of attention"),
+        (("--target-modules", "nowhere"), "'nowhere' is none of text, attention"),
         (("--factors", "8x2"), "--factors must be like 640=8x8x10; got '8x2'"),
         (("--factors", "16=3x5"), "must have product 16"),
         (("--resolution=17",), "--resolution must be a multiple of 2; got 17"),

@@ -72,7 +72,7 @@ def main() -> None:
     found = outcomes()
     lines = [f"| promise | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
     for name, promise in promises().items():
-        if name in found:
+        if len(found.get(name, ())) == len(METHODS):
             cells = [cell(found[name][method]) for method in METHODS]
             lines.append(f"| {promise} | {' | '.join(cells)} |")
     TABLE.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")

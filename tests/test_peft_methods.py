@@ -236,8 +236,7 @@ def test_save_factors(method, tmp_path):
     loaded = PeftModel.from_pretrained(other, tmp_path)
     for here, there in zip(layers(loaded), layers(model), strict=True):
         expected = there.get_delta_weight("default")
-        if method.config is not SODAConfig:
-            torch.testing.assert_close(here.get_delta_weight("default"), expected)
+        torch.testing.assert_close(here.get_delta_weight("default"), expected)
 
 
 @every_method
@@ -578,7 +577,7 @@ def test_export_to_lora(method, build, tmp_path):
 def test_exported_rank(method):
     """A is a LoRA of rank 2r, R and LiDB are of rank r; smaller ranks tell their error."""
     if not method.low_rank:
-        return
+        pytest.skip("the change has full rank")
     model = trained(method)
     r = method.options["r"]
     exact = to_lora(model)

@@ -35,6 +35,7 @@ CPU_SOURCES = (
     "csrc/bindings.cpp",
     "csrc/cayley_cpu.cpp",
     "csrc/kron_cpu.cpp",
+    "csrc/rotated_linear_cpu.cpp",
     "csrc/simd_avx2.cpp",
     "csrc/simd_avx512.cpp",
     "csrc/simd_baseline.cpp",
@@ -52,6 +53,7 @@ HEADERS = tuple(
         "cayley_pivoting.h",
         "kron_cpu.h",
         "kron_cpu_kernels.h",
+        "kron_cpu_ops.h",
         "simd_level.h",
         "simd_vector.h",
     )

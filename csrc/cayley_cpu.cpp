@@ -42,14 +42,13 @@ struct AlignedFree {
 
 void append_batch(
     std::vector<Task>& tasks, const at::Tensor& first, const at::Tensor* second,
-    const at::Tensor& out, std::int64_t n) {
+    const at::Tensor& out, std::int64_t n, std::int64_t count) {
     const bool is_double = out.scalar_type() == at::kDouble;
     const std::int64_t bytes = is_double ? 8 : 4;
     const auto at_batch = [&](const at::Tensor& tensor, std::int64_t index) {
-        return static_cast<char*>(tensor.data_ptr()) +
-               index * bytes * (tensor.numel() / tensor.size(0));
+        return static_cast<char*>(tensor.data_ptr()) + index * bytes * (tensor.numel() / count);
     };
-    for (std::int64_t index = 0; index < out.size(0); ++index) {
+    for (std::int64_t index = 0; index < count; ++index) {
         tasks.push_back(
             {at_batch(first, index), second == nullptr ? nullptr : at_batch(*second, index),
              at_batch(out, index), n, is_double});
@@ -132,9 +131,10 @@ std::vector<at::Tensor> cayley_fwd(at::TensorList packed, at::IntArrayRef sizes)
     std::vector<Task> tasks;
     for (std::size_t i = 0; i < packed.size(); ++i) {
         inputs.push_back(packed[i].contiguous());
-        rotations.push_back(
-            at::empty({packed[i].size(0), sizes[i], sizes[i]}, packed[i].options()));
-        append_batch(tasks, inputs.back(), nullptr, rotations.back(), sizes[i]);
+        rotations.push_back(empty_rotations(packed[i], sizes[i]));
+        append_batch(
+            tasks, inputs.back(), nullptr, rotations.back(), sizes[i],
+            matrix_count(rotations.back()));
     }
     run(tasks, false);
     return rotations;
@@ -146,12 +146,11 @@ std::vector<at::Tensor> cayley_bwd(at::TensorList grad_rotation, at::TensorList 
     std::vector<at::Tensor> grads;
     std::vector<Task> tasks;
     for (std::size_t i = 0; i < rotation.size(); ++i) {
-        const std::int64_t n = rotation[i].size(1);
         const at::Tensor grad = grad_rotation[i].contiguous();
         const at::Tensor matrix = rotation[i].contiguous();
         inputs.insert(inputs.end(), {grad, matrix});
-        grads.push_back(at::empty({matrix.size(0), n * (n - 1) / 2}, matrix.options()));
-        append_batch(tasks, grad, &matrix, grads.back(), n);
+        grads.push_back(empty_packed(matrix));
+        append_batch(tasks, grad, &matrix, grads.back(), matrix.size(-1), matrix_count(matrix));
     }
     run(tasks, true);
     return grads;

@@ -22,16 +22,16 @@ namespace {
 at::Tensor forward_large(const at::Tensor& packed, std::int64_t n) {
     const auto options = packed.options().dtype(at::kDouble);
     const at::Tensor indices = at::triu_indices(n, n, 1, options.dtype(at::kLong));
-    at::Tensor upper = at::zeros({packed.size(0), n, n}, options);
+    at::Tensor upper = empty_rotations(packed, n).to(at::kDouble).zero_();
     upper.index_put_(
-        {at::indexing::Slice(), indices[0], indices[1]}, packed.to(at::kDouble).mul(0.5));
+        {at::indexing::Ellipsis, indices[0], indices[1]}, packed.to(at::kDouble).mul(0.5));
     const at::Tensor identity = at::eye(n, options);
     const at::Tensor inverse = std::get<0>(at::linalg_inv_ex(identity - upper + upper.mT()));
     return inverse.mul(2).sub(identity).to(packed.scalar_type());
 }
 
 at::Tensor backward_large(const at::Tensor& grad_rotation, const at::Tensor& rotation) {
-    const std::int64_t n = rotation.size(1);
+    const std::int64_t n = rotation.size(-1);
     const at::Tensor indices = at::triu_indices(n, n, 1, rotation.options().dtype(at::kLong));
     const at::Tensor matrix = rotation.to(at::kDouble);
     const at::Tensor shifted = matrix + at::eye(n, matrix.options());
@@ -40,16 +40,17 @@ at::Tensor backward_large(const at::Tensor& grad_rotation, const at::Tensor& rot
     return outer.mT()
         .sub(outer)
         .mul(0.25)
-        .index({at::indexing::Slice(), indices[0], indices[1]})
+        .index({at::indexing::Ellipsis, indices[0], indices[1]})
         .to(rotation.scalar_type());
 }
 
 Batch describe(
-    const at::Tensor& input, const at::Tensor* rotation, const at::Tensor& output, std::int64_t n) {
+    const at::Tensor& input, const at::Tensor* rotation, const at::Tensor& output, std::int64_t n,
+    std::int64_t count) {
     return {
         input.const_data_ptr(),       rotation == nullptr ? nullptr : rotation->const_data_ptr(),
         output.mutable_data_ptr(),    nullptr,
-        static_cast<std::int32_t>(n), static_cast<std::int32_t>(output.size(0))};
+        static_cast<std::int32_t>(n), static_cast<std::int32_t>(count)};
 }
 
 template <typename Bytes, typename Launch>
@@ -93,10 +94,11 @@ std::vector<at::Tensor> cayley_fwd(at::TensorList packed, at::IntArrayRef sizes)
             continue;
         }
         inputs.push_back(packed[i].contiguous());
-        rotations.push_back(at::empty({packed[i].size(0), n, n}, packed[i].options()));
-        if (packed[i].size(0) == 0) continue;
+        rotations.push_back(empty_rotations(packed[i], n));
+        const std::int64_t count = matrix_count(rotations.back());
+        if (count == 0) continue;
         auto& batches = packed[i].scalar_type() == at::kDouble ? twofold : single;
-        batches.push_back(describe(inputs.back(), nullptr, rotations.back(), n));
+        batches.push_back(describe(inputs.back(), nullptr, rotations.back(), n, count));
     }
     run(single, packed[0].device(), forward_workspace_bytes, launch_forward<float>);
     run(twofold, packed[0].device(), forward_workspace_bytes, launch_forward<double>);
@@ -112,7 +114,7 @@ std::vector<at::Tensor> cayley_bwd(at::TensorList grad_rotation, at::TensorList 
     std::vector<Batch> single;
     std::vector<Batch> twofold;
     for (std::size_t i = 0; i < rotation.size(); ++i) {
-        const std::int64_t n = rotation[i].size(1);
+        const std::int64_t n = rotation[i].size(-1);
         if (n > kMaxSize) {
             grads.push_back(backward_large(grad_rotation[i], rotation[i]));
             continue;
@@ -120,11 +122,11 @@ std::vector<at::Tensor> cayley_bwd(at::TensorList grad_rotation, at::TensorList 
         const at::Tensor grad = grad_rotation[i].contiguous();
         const at::Tensor matrix = rotation[i].contiguous();
         inputs.insert(inputs.end(), {grad, matrix});
-        grads.push_back(at::empty({matrix.size(0), n * (n - 1) / 2}, matrix.options()));
+        grads.push_back(empty_packed(matrix));
         // Size 1 has no entries to differentiate.
         if (grads.back().numel() == 0) continue;
         auto& batches = matrix.scalar_type() == at::kDouble ? twofold : single;
-        batches.push_back(describe(grad, &matrix, grads.back(), n));
+        batches.push_back(describe(grad, &matrix, grads.back(), n, matrix_count(matrix)));
     }
     const auto device = rotation[0].device();
     run(single, device, backward_workspace_bytes<float>, launch_backward<float>);

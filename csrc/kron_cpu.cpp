@@ -1,10 +1,13 @@
 // spectral::kron_rotate and kron_gram on the CPU: checks, types, threads, registration.
+#include "kron_cpu_ops.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
@@ -88,11 +91,9 @@ std::int64_t product_of(at::IntArrayRef sizes, const char* name) {
 
 template <typename T>
 void rotate(
-    const KronShape& shape, const at::Tensor& x, const std::vector<at::Tensor>& factors,
+    const KronShape& shape, const at::Tensor& x, const std::vector<const T*>& factors,
     bool transpose, const at::Tensor& before, const at::Tensor& after, const at::Tensor& out) {
     const KronKernels& kernels = active_level().kron;
-    std::vector<const T*> matrices;
-    for (const at::Tensor& factor : factors) matrices.push_back(pointer<T>(factor));
     const std::size_t bytes = kernels.rotate_bytes(shape, sizeof(T));
     const T* const source = pointer<T>(x);
     T* const target = out.mutable_data_ptr<T>();
@@ -104,7 +105,7 @@ void rotate(
                 source + begin * shape.width,
                 target + begin * shape.width,
                 end - begin,
-                matrices.data(),
+                factors.data(),
                 transpose,
                 pointer<T>(before),
                 pointer<T>(after)};
@@ -116,31 +117,82 @@ void rotate(
         });
 }
 
+// The Grams one after the other, then the column sums: [sum of n_i^2 + width]. With factors, `a` is
+// rotated by them in place and then multiplied by scale_a; its Grams are taken in between.
 template <typename T>
-void gram(
-    const KronShape& shape, const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale,
-    std::int64_t threads, const std::vector<std::int64_t>& offsets, const at::Tensor& partial) {
+at::Tensor gram(
+    const KronShape& shape, const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale_b,
+    const std::vector<const T*>* factors, bool transpose, const at::Tensor& scale_a) {
     const KronKernels& kernels = active_level().kron;
-    const std::size_t bytes = kernels.gram_bytes(shape, sizeof(T));
-    T* const sums = partial.mutable_data_ptr<T>();
+    const std::size_t bytes = kernels.gram_bytes(shape, sizeof(T)) +
+                              (factors == nullptr ? 0 : kernels.rotate_bytes(shape, sizeof(T)));
+    std::int64_t length = shape.width;
+    for (std::int64_t i = 0; i < shape.count; ++i) length += shape.dims[i] * shape.dims[i];
+    const std::int64_t threads = thread_count(a.size(0), shape);
+    const at::Tensor sums = at::empty({length}, a.options());
+    std::vector<T> others((threads - 1) * length);
+    T* const total = sums.mutable_data_ptr<T>();
+    T* const rotated = factors == nullptr ? nullptr : a.mutable_data_ptr<T>();
     share_rows(a.size(0), threads, [&](std::int64_t thread, std::int64_t begin, std::int64_t end) {
         const Workspace workspace = allocate(bytes);
-        T* const own = sums + thread * partial.size(1);
+        T* next = thread == 0 ? total : others.data() + (thread - 1) * length;
         std::vector<T*> grams;
-        for (std::int64_t i = 0; i < shape.count; ++i) grams.push_back(own + offsets[i]);
-        const GramArguments<T> arguments{
-            pointer<T>(a) + begin * shape.width,
-            pointer<T>(b) + begin * shape.width,
-            end - begin,
-            pointer<T>(scale),
-            grams.data(),
-            own + offsets.back()};
+        for (std::int64_t i = 0; i < shape.count; ++i) {
+            grams.push_back(next);
+            next += shape.dims[i] * shape.dims[i];
+        }
+        const std::int64_t offset = begin * shape.width, rows = end - begin;
+        const GramArguments<T> arguments{pointer<T>(a) + offset, pointer<T>(b) + offset, rows,
+                                         pointer<T>(scale_b),    grams.data(),           next};
+        if (factors == nullptr) {
+            if constexpr (std::is_same_v<T, double>) {
+                kernels.gram_f64(shape, arguments, workspace.get());
+            } else {
+                kernels.gram_f32(shape, arguments, workspace.get());
+            }
+            return;
+        }
+        const RotateArguments<T> rotation{rotated + offset,   rotated + offset, rows,
+                                          factors->data(),    transpose,        nullptr,
+                                          pointer<T>(scale_a)};
         if constexpr (std::is_same_v<T, double>) {
-            kernels.gram_f64(shape, arguments, workspace.get());
+            kernels.rotate_gram_f64(shape, rotation, arguments, workspace.get());
         } else {
-            kernels.gram_f32(shape, arguments, workspace.get());
+            kernels.rotate_gram_f32(shape, rotation, arguments, workspace.get());
         }
     });
+    for (std::int64_t thread = 1; thread < threads; ++thread) {
+        const T* const part = others.data() + (thread - 1) * length;
+        for (std::int64_t i = 0; i < length; ++i) total[i] += part[i];
+    }
+    return sums;
+}
+
+// Square factors in the accumulation type, their sizes and their data.
+struct Factors {
+    std::vector<at::Tensor> matrices;
+    std::vector<std::int64_t> dims;
+
+    Factors(at::TensorList factors, at::ScalarType type) {
+        for (const at::Tensor& factor : factors) {
+            TORCH_CHECK_VALUE(
+                factor.dim() == 2 && factor.size(0) == factor.size(1),
+                "factors must be square matrices; got ", factor.sizes());
+            dims.push_back(factor.size(0));
+            matrices.push_back(factor.to(type).contiguous());
+        }
+    }
+
+    template <typename T>
+    std::vector<const T*> pointers() const {
+        std::vector<const T*> data;
+        for (const at::Tensor& matrix : matrices) data.push_back(pointer<T>(matrix));
+        return data;
+    }
+};
+
+KronShape shape_of(at::IntArrayRef dims, const char* name) {
+    return {dims.data(), static_cast<std::int64_t>(dims.size()), product_of(dims, name)};
 }
 
 }  // namespace
@@ -148,27 +200,20 @@ void gram(
 at::Tensor kron_rotate(
     const at::Tensor& x, at::TensorList factors, bool transpose,
     const std::optional<at::Tensor>& scale_before, const std::optional<at::Tensor>& scale_after) {
-    std::vector<std::int64_t> dims;
-    for (const at::Tensor& factor : factors) {
-        TORCH_CHECK_VALUE(
-            factor.dim() == 2 && factor.size(0) == factor.size(1),
-            "factors must be square matrices; got ", factor.sizes());
-        dims.push_back(factor.size(0));
-    }
-    const KronShape shape{
-        dims.data(), static_cast<std::int64_t>(dims.size()), product_of(dims, "factors")};
+    const at::ScalarType type = accumulation_type(x);
+    const Factors matrices(factors, type);
+    const KronShape shape = shape_of(matrices.dims, "factors");
     check_rows(x, "x", shape.width);
 
-    const at::ScalarType type = accumulation_type(x);
-    std::vector<at::Tensor> matrices;
-    for (const at::Tensor& factor : factors) matrices.push_back(factor.to(type).contiguous());
     const at::Tensor before = scale_of(scale_before, "scale_before", shape.width, type);
     const at::Tensor after = scale_of(scale_after, "scale_after", shape.width, type);
     const at::Tensor wide = x.to(type).contiguous();
     const at::Tensor out = at::empty(x.sizes(), wide.options());
     if (out.numel() > 0) {
-        type == at::kDouble ? rotate<double>(shape, wide, matrices, transpose, before, after, out)
-                            : rotate<float>(shape, wide, matrices, transpose, before, after, out);
+        const auto run = [&](auto data) {
+            rotate(shape, wide, data, transpose, before, after, out);
+        };
+        type == at::kDouble ? run(matrices.pointers<double>()) : run(matrices.pointers<float>());
     }
     return out.to(x.scalar_type());
 }
@@ -176,8 +221,7 @@ at::Tensor kron_rotate(
 std::vector<at::Tensor> kron_gram(
     const at::Tensor& a, const at::Tensor& b, at::IntArrayRef dims,
     const std::optional<at::Tensor>& scale_b) {
-    const KronShape shape{
-        dims.data(), static_cast<std::int64_t>(dims.size()), product_of(dims, "dims")};
+    const KronShape shape = shape_of(dims, "dims");
     check_rows(a, "a", shape.width);
     check_rows(b, "b", shape.width);
     TORCH_CHECK_VALUE(
@@ -186,22 +230,46 @@ std::vector<at::Tensor> kron_gram(
     const at::ScalarType type = accumulation_type(a);
     const at::Tensor left = a.to(type).contiguous(), right = b.to(type).contiguous();
     const at::Tensor scale = scale_of(scale_b, "scale_b", shape.width, type);
-    // All sums of one thread are one row; the threads' rows are added up in order.
-    std::vector<std::int64_t> offsets{0};
-    for (const std::int64_t n : dims) offsets.push_back(offsets.back() + n * n);
-    const std::int64_t threads = thread_count(a.size(0), shape);
-    const at::Tensor partial = at::empty({threads, offsets.back() + shape.width}, left.options());
-    type == at::kDouble ? gram<double>(shape, left, right, scale, threads, offsets, partial)
-                        : gram<float>(shape, left, right, scale, threads, offsets, partial);
-    for (std::int64_t thread = 1; thread < threads; ++thread) partial[0].add_(partial[thread]);
-
+    const at::Tensor sums = type == at::kDouble
+                                ? gram<double>(shape, left, right, scale, nullptr, false, {})
+                                : gram<float>(shape, left, right, scale, nullptr, false, {});
     std::vector<at::Tensor> results;
-    for (std::size_t i = 0; i < dims.size(); ++i) {
-        const std::int64_t n = dims[i];
-        results.push_back(at::empty({n, n}, left.options()));
-        results.back().copy_(partial[0].narrow(0, offsets[i], n * n).view({n, n}));
+    const char* next = static_cast<const char*>(sums.const_data_ptr());
+    const auto take = [&](at::IntArrayRef sizes) {
+        results.push_back(at::empty(sizes, sums.options()));
+        std::memcpy(results.back().mutable_data_ptr(), next, results.back().nbytes());
+        next += results.back().nbytes();
+    };
+    for (const std::int64_t n : dims) take({n, n});
+    take({shape.width});
+    return results;
+}
+
+std::vector<at::Tensor> kron_rotate_gram_(
+    const at::Tensor& a, at::TensorList factors, bool transpose, const at::Tensor& b,
+    const std::optional<at::Tensor>& scale_b) {
+    const at::ScalarType type = a.scalar_type();
+    TORCH_INTERNAL_ASSERT(type == accumulation_type(a) && a.is_contiguous());
+    const Factors matrices(factors, type);
+    const KronShape shape = shape_of(matrices.dims, "factors");
+    check_rows(a, "a", shape.width);
+    check_rows(b, "b", shape.width);
+    TORCH_CHECK_VALUE(
+        a.size(0) == b.size(0), "b must have as many rows as a, ", a.size(0), "; got ", b.size(0));
+    const at::Tensor right = b.to(type).contiguous();
+    const at::Tensor scale = scale_of(scale_b, "scale_b", shape.width, type);
+    const auto run = [&](auto data) {
+        return gram(shape, a, right, scale, &data, transpose, scale);
+    };
+    const at::Tensor sums =
+        type == at::kDouble ? run(matrices.pointers<double>()) : run(matrices.pointers<float>());
+    std::vector<at::Tensor> results;
+    std::int64_t next = 0;
+    for (const std::int64_t n : matrices.dims) {
+        results.push_back(sums.narrow(0, next, n * n).view({n, n}));
+        next += n * n;
     }
-    results.push_back(partial[0].narrow(0, offsets.back(), shape.width).clone());
+    results.push_back(sums.narrow(0, next, shape.width));
     return results;
 }
 

@@ -27,8 +27,8 @@ struct RotateArguments {
     const T* scale_after;
 };
 
-// a and b [rows, width], scale_b [width] or null. Out, not added to: grams[i] [dims[i], dims[i]]
-// and column_sums [width].
+// a and b [rows, width] (a is not looked at by rotate_gram), scale_b [width] or null. Out, not
+// added to: grams[i] [dims[i], dims[i]] and column_sums [width].
 template <typename T>
 struct GramArguments {
     const T* a;
@@ -40,7 +40,8 @@ struct GramArguments {
 };
 
 // One SIMD level's kernels, each for one thread. `workspace` is 64-byte aligned and holds
-// rotate_bytes or gram_bytes of the shape and the element's size.
+// rotate_bytes or gram_bytes of the shape and the element's size, or their sum for rotate_gram,
+// whose `a` is the rotated rows before scale_after. The rows may be rotated in place.
 struct KronKernels {
     std::size_t (*rotate_bytes)(const KronShape& shape, std::size_t element);
     std::size_t (*gram_bytes)(const KronShape& shape, std::size_t element);
@@ -48,6 +49,12 @@ struct KronKernels {
     void (*rotate_f64)(const KronShape&, const RotateArguments<double>&, void* workspace);
     void (*gram_f32)(const KronShape&, const GramArguments<float>&, void* workspace);
     void (*gram_f64)(const KronShape&, const GramArguments<double>&, void* workspace);
+    void (*rotate_gram_f32)(
+        const KronShape&, const RotateArguments<float>&, const GramArguments<float>&,
+        void* workspace);
+    void (*rotate_gram_f64)(
+        const KronShape&, const RotateArguments<double>&, const GramArguments<double>&,
+        void* workspace);
 };
 
 }  // namespace spectral::cpu

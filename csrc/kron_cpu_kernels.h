@@ -226,6 +226,16 @@ inline std::int64_t block_rows(const KronShape& shape) {
     return rows < 1 ? 1 : rows;
 }
 
+// run(first row, number of rows) for the rows in blocks.
+template <typename Run>
+inline void for_each_block(const KronShape& shape, std::int64_t rows, const Run& run) {
+    const std::int64_t block = block_rows(shape);
+    for (std::int64_t start = 0; start < rows; start += block) {
+        const std::int64_t left = rows - start;
+        run(start, left < block ? left : block);
+    }
+}
+
 // Moves an axis between its place and the end: [outer, n, after] to [outer, after, n].
 template <typename T>
 void axis_to_end(const T* in, const Axis& axis, std::int64_t outer, T* out) {
@@ -271,67 +281,86 @@ std::size_t rotate_elements(const KronShape& shape) {
     return static_cast<std::size_t>(elements);
 }
 
-// Workspace: two buffers of rows; then, for axes dealt with at the end of the row, what multiplies
-// them from the right, with rows padded to whole vectors.
+// Two buffers of rows, and what multiplies the axes dealt with at the end of the row, with rows
+// padded to whole vectors.
 template <typename T>
-void rotate(const KronShape& shape, const RotateArguments<T>& arguments, void* workspace) {
-    const std::int64_t block = block_rows(shape), width = shape.width;
-    T* const first = static_cast<T*>(workspace);
-    T* const second = first + with_overhang<T>(block * width);
-    T* const matrices = second + with_overhang<T>(block * width);
-    const bool transposed = arguments.transpose;
+struct Rotation {
+    const KronShape& shape;
+    const RotateArguments<T>& arguments;
+    T* first;
+    T* second;
+    T* matrices;
 
-    T* matrix = matrices;
-    for_each_axis(shape, [&](std::int64_t index, const Axis& axis) {
-        if (axis.after >= kLaneCount<T>) return;
-        const std::int64_t stride = round_up(axis.n, kLaneCount<T>);
-        const T* const factor = arguments.factors[index];
-        for (std::int64_t i = 0; i < axis.n; ++i) {
-            for (std::int64_t j = 0; j < stride; ++j) {
-                matrix[i * stride + j] =
-                    j >= axis.n ? 0 : factor[transposed ? j * axis.n + i : i * axis.n + j];
-            }
-        }
-        matrix += padded_matrix<T>(axis.n);
-    });
-
-    for (std::int64_t start = 0; start < arguments.rows; start += block) {
-        const std::int64_t left = arguments.rows - start;
-        const std::int64_t rows = left < block ? left : block;
-        T *current = first, *other = second;
-        copy_scaled(arguments.x + start * width, arguments.scale_before, rows, width, current);
-        matrix = matrices;
+    Rotation(const KronShape& kron_shape, const RotateArguments<T>& given, void* workspace)
+        : shape(kron_shape), arguments(given) {
+        const std::int64_t buffer = with_overhang<T>(block_rows(shape) * shape.width);
+        first = static_cast<T*>(workspace);
+        second = first + buffer;
+        matrices = second + buffer;
+        T* matrix = matrices;
         for_each_axis(shape, [&](std::int64_t index, const Axis& axis) {
-            const std::int64_t n = axis.n, after = axis.after, outer = rows * axis.before;
+            if (axis.after >= kLaneCount<T>) return;
+            const std::int64_t n = axis.n, stride = round_up(n, kLaneCount<T>);
+            const T* const factor = arguments.factors[index];
+            for (std::int64_t i = 0; i < n; ++i) {
+                for (std::int64_t j = 0; j < stride; ++j) {
+                    matrix[i * stride + j] =
+                        j >= n ? 0 : factor[arguments.transpose ? j * n + i : i * n + j];
+                }
+            }
+            matrix += padded_matrix<T>(n);
+        });
+    }
+
+    // The rotated rows from start on, without the scale that comes after; in one of the buffers.
+    const T* rows(std::int64_t start, std::int64_t count) const {
+        T *current = first, *other = second;
+        const auto swap = [&] {
+            T* const swapped = current;
+            current = other;
+            other = swapped;
+        };
+        copy_scaled(
+            arguments.x + start * shape.width, arguments.scale_before, count, shape.width, current);
+        const T* matrix = matrices;
+        for_each_axis(shape, [&](std::int64_t index, const Axis& axis) {
+            const std::int64_t n = axis.n, after = axis.after, outer = count * axis.before;
             if (after >= kLaneCount<T>) {
                 const T* const factor = arguments.factors[index];
+                const bool transposed = arguments.transpose;
                 for (std::int64_t b = 0; b < outer; ++b) {
                     product<T, false>(
                         other + b * n * after, after, factor, transposed ? n : 1,
                         transposed ? 1 : n, current + b * n * after, after, n, n, after);
                 }
-            } else {
-                if (after > 1) {
-                    axis_to_end(current, axis, outer, other);
-                    T* const swapped = current;
-                    current = other;
-                    other = swapped;
-                }
-                product<T, false>(
-                    other, n, current, n, 1, matrix, round_up(n, kLaneCount<T>), n, outer * after,
-                    n);
-                matrix += padded_matrix<T>(n);
-                if (after > 1) {
-                    axis_from_end(other, axis, outer, current);
-                    return;
-                }
+                swap();
+                return;
             }
-            T* const swapped = current;
-            current = other;
-            other = swapped;
+            if (after > 1) {
+                axis_to_end(current, axis, outer, other);
+                swap();
+            }
+            product<T, false>(
+                other, n, current, n, 1, matrix, round_up(n, kLaneCount<T>), n, outer * after, n);
+            matrix += padded_matrix<T>(n);
+            if (after > 1) {
+                axis_from_end(other, axis, outer, current);
+            } else {
+                swap();
+            }
         });
-        copy_scaled(current, arguments.scale_after, rows, width, arguments.out + start * width);
+        return current;
     }
+};
+
+template <typename T>
+void rotate(const KronShape& shape, const RotateArguments<T>& arguments, void* workspace) {
+    const Rotation<T> rotation(shape, arguments, workspace);
+    for_each_block(shape, arguments.rows, [&](std::int64_t start, std::int64_t count) {
+        copy_scaled(
+            rotation.rows(start, count), arguments.scale_after, count, shape.width,
+            arguments.out + start * shape.width);
+    });
 }
 
 template <typename T>
@@ -350,43 +379,50 @@ std::size_t gram_elements(const KronShape& shape) {
     return static_cast<std::size_t>(elements + scratch);
 }
 
-// Workspace: rows of a, rows of b times scale, the sums with rows padded to whole vectors, scratch
-// for what is transposed.
+// Rows of b times scale, the sums with rows padded to whole vectors, scratch for what is
+// transposed.
 template <typename T>
-void gram(const KronShape& shape, const GramArguments<T>& arguments, void* workspace) {
-    const std::int64_t block = block_rows(shape), width = shape.width;
-    const std::int64_t buffer = with_overhang<T>(block * width);
-    T* const a = static_cast<T*>(workspace);
-    T* const b = a + buffer;
-    T* const sums = b + buffer;
-    T* scratch = sums;
-    for_each_axis(
-        shape, [&](std::int64_t, const Axis& axis) { scratch += padded_matrix<T>(axis.n); });
-    for (T* entry = sums; entry < scratch; ++entry) *entry = 0;
-    for (std::int64_t i = 0; i < width; ++i) arguments.column_sums[i] = 0;
+struct GramSums {
+    const KronShape& shape;
+    const GramArguments<T>& arguments;
+    T* b;
+    T* sums;
+    T* scratch;
 
-    for (std::int64_t start = 0; start < arguments.rows; start += block) {
-        const std::int64_t left = arguments.rows - start;
-        const std::int64_t rows = left < block ? left : block;
-        copy_scaled<T>(arguments.a + start * width, nullptr, rows, width, a);
-        copy_scaled(arguments.b + start * width, arguments.scale_b, rows, width, b);
-        for (std::int64_t r = 0; r < rows; ++r) {
-            const T* const left_row = arguments.a + (start + r) * width;
-            const T* const right_row = arguments.b + (start + r) * width;
+    GramSums(const KronShape& kron_shape, const GramArguments<T>& given, void* workspace)
+        : shape(kron_shape), arguments(given) {
+        b = static_cast<T*>(workspace);
+        sums = b + buffer();
+        scratch = sums;
+        for_each_axis(
+            shape, [&](std::int64_t, const Axis& axis) { scratch += padded_matrix<T>(axis.n); });
+        for (T* entry = sums; entry < scratch; ++entry) *entry = 0;
+        for (std::int64_t i = 0; i < shape.width; ++i) arguments.column_sums[i] = 0;
+    }
+
+    std::int64_t buffer() const { return with_overhang<T>(block_rows(shape) * shape.width); }
+
+    // Adds rows of a, which lie in the workspace, and the rows of b from start on.
+    void add(const T* a, std::int64_t start, std::int64_t count) const {
+        const std::int64_t width = shape.width;
+        copy_scaled(arguments.b + start * width, arguments.scale_b, count, width, b);
+        for (std::int64_t r = 0; r < count; ++r) {
+            const T* const left = a + r * width;
+            const T* const right = arguments.b + (start + r) * width;
             T* const __restrict out = arguments.column_sums;
-            for (std::int64_t i = 0; i < width; ++i) out[i] += left_row[i] * right_row[i];
+            for (std::int64_t i = 0; i < width; ++i) out[i] += left[i] * right[i];
         }
         T* sum = sums;
         for_each_axis(shape, [&](std::int64_t, const Axis& axis) {
-            const std::int64_t n = axis.n, after = axis.after, outer = rows * axis.before;
+            const std::int64_t n = axis.n, after = axis.after, outer = count * axis.before;
             const std::int64_t stride = round_up(n, kLaneCount<T>);
             if (after == 1) {
                 product<T, true>(sum, stride, a, 1, n, b, n, outer, n, n);
             } else if (in_between<T>(axis)) {
                 axis_to_end(a, axis, outer, scratch);
-                axis_to_end(b, axis, outer, scratch + buffer);
+                axis_to_end(b, axis, outer, scratch + buffer());
                 product<T, true>(
-                    sum, stride, scratch, 1, n, scratch + buffer, n, outer * after, n, n);
+                    sum, stride, scratch, 1, n, scratch + buffer(), n, outer * after, n, n);
             } else {
                 // The columns of padding: what lies there may be denormal, which is slow.
                 for (std::int64_t i = 0; i < after * stride; ++i) scratch[i] = 0;
@@ -400,16 +436,47 @@ void gram(const KronShape& shape, const GramArguments<T>& arguments, void* works
         });
     }
 
-    const T* sum = sums;
-    for_each_axis(shape, [&](std::int64_t index, const Axis& axis) {
-        const std::int64_t stride = round_up(axis.n, kLaneCount<T>);
-        for (std::int64_t i = 0; i < axis.n; ++i) {
-            for (std::int64_t j = 0; j < axis.n; ++j) {
-                arguments.grams[index][i * axis.n + j] = sum[i * stride + j];
+    void store() const {
+        const T* sum = sums;
+        for_each_axis(shape, [&](std::int64_t index, const Axis& axis) {
+            const std::int64_t stride = round_up(axis.n, kLaneCount<T>);
+            for (std::int64_t i = 0; i < axis.n; ++i) {
+                for (std::int64_t j = 0; j < axis.n; ++j) {
+                    arguments.grams[index][i * axis.n + j] = sum[i * stride + j];
+                }
             }
-        }
-        sum += padded_matrix<T>(axis.n);
+            sum += padded_matrix<T>(axis.n);
+        });
+    }
+};
+
+template <typename T>
+void gram(const KronShape& shape, const GramArguments<T>& arguments, void* workspace) {
+    T* const a = static_cast<T*>(workspace);
+    const GramSums<T> sums(shape, arguments, a + with_overhang<T>(block_rows(shape) * shape.width));
+    for_each_block(shape, arguments.rows, [&](std::int64_t start, std::int64_t count) {
+        copy_scaled<T>(arguments.a + start * shape.width, nullptr, count, shape.width, a);
+        sums.add(a, start, count);
     });
+    sums.store();
+}
+
+// Both at once: the Gram of the rotated rows, while they are in the cache, with b.
+template <typename T>
+void rotate_gram(
+    const KronShape& shape, const RotateArguments<T>& rotate_arguments,
+    const GramArguments<T>& gram_arguments, void* workspace) {
+    const Rotation<T> rotation(shape, rotate_arguments, workspace);
+    const GramSums<T> sums(
+        shape, gram_arguments, static_cast<T*>(workspace) + rotate_elements<T>(shape));
+    for_each_block(shape, rotate_arguments.rows, [&](std::int64_t start, std::int64_t count) {
+        const T* const rotated = rotation.rows(start, count);
+        sums.add(rotated, start, count);
+        copy_scaled(
+            rotated, rotate_arguments.scale_after, count, shape.width,
+            rotate_arguments.out + start * shape.width);
+    });
+    sums.store();
 }
 
 std::size_t rotate_bytes(const KronShape& shape, std::size_t element) {
@@ -424,7 +491,8 @@ std::size_t gram_bytes(const KronShape& shape, std::size_t element) {
 
 }  // namespace
 
-inline constexpr KronKernels kKronKernels{rotate_bytes,   gram_bytes,  rotate<float>,
-                                          rotate<double>, gram<float>, gram<double>};
+inline constexpr KronKernels kKronKernels{rotate_bytes,       gram_bytes,         rotate<float>,
+                                          rotate<double>,     gram<float>,        gram<double>,
+                                          rotate_gram<float>, rotate_gram<double>};
 
 }  // namespace spectral::cpu::SPECTRAL_SIMD_LEVEL

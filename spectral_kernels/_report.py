@@ -86,6 +86,8 @@ def _row(name: str, device: str) -> OpBackend:
 def _why_reference(name: str, device: str) -> str:
     if name.startswith("kron") and device == "cuda":
         return STATUS["triton"].reason
+    if name.startswith("rotated_linear") and device == "cuda":
+        return "GEMMs around kron_rotate and kron_gram, which see above"
     extension = STATUS["extension"]
     if not extension.loaded:
         return extension.reason

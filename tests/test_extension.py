@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import assert_near
+from support import TOLERANCE, assert_near, relative_error
 
 from spectral_kernels import backend_report
 from spectral_kernels.ops import OPS
@@ -255,7 +255,8 @@ def test_backward_equals_autograd_through_a_solve(level, dtype):
     ("arguments", "error", "message"),
     [
         (([torch.zeros(1, 6)], [3]), ValueError, r"packed\[0\] must have shape.*\[1, 6\]"),
-        (([torch.zeros(6)], [4]), ValueError, r"packed\[0\] must have shape"),
+        (([torch.zeros(5)], [4]), ValueError, r"packed\[0\] must have shape"),
+        (([torch.zeros(1, 1, 6)], [4]), ValueError, r"packed\[0\] must have shape"),
         (([torch.zeros(1, 6)], [4, 4]), ValueError, "sizes must have one entry per batch"),
         (([torch.zeros(1, 0)], [0]), ValueError, r"sizes\[0\] must be at least 1; got 0"),
         (([torch.zeros(1, 6).half()], [4]), TypeError, r"packed\[0\] must be float32 or float64"),
@@ -271,6 +272,7 @@ def test_forward_refuses(arguments, error, message):
     ("grad", "rotation", "error", "message"),
     [
         (torch.zeros(1, 4, 4), torch.zeros(1, 4, 5), ValueError, r"rotation\[0\] must have shape"),
+        (torch.zeros(4), torch.zeros(4), ValueError, r"rotation\[0\] must have shape"),
         (torch.zeros(2, 4, 4), torch.zeros(1, 4, 4), ValueError, r"grad_rotation\[0\] must have"),
         (torch.zeros(1, 4, 4).double(), torch.zeros(1, 4, 4), TypeError, "must have the dtype"),
         (torch.zeros(1, 4, 4).half(), torch.zeros(1, 4, 4).half(), TypeError, "must be float32"),
@@ -279,6 +281,16 @@ def test_forward_refuses(arguments, error, message):
 def test_backward_refuses(grad, rotation, error, message):
     with pytest.raises(error, match=message):
         op.cayley_bwd([grad], [rotation])
+
+
+def test_one_rotation_needs_no_batch():
+    packed = packed_entries(1, 12)
+    (batch,), (single,) = op.cayley_fwd([packed], [12]), op.cayley_fwd([packed[0]], [12])
+    assert torch.equal(single, batch[0])
+    grad = torch.randn_like(batch)
+    (batch_grad,) = op.cayley_bwd([grad], [batch])
+    (single_grad,) = op.cayley_bwd([grad[0]], [single])
+    assert torch.equal(single_grad, batch_grad[0])
 
 
 # Axes narrower than a vector, one vector wide, wider; with little, nothing and much behind them.
@@ -325,6 +337,37 @@ def test_kron_gram_at_every_level(level, dims, dtype):
             assert_near(actual, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dims", KRON_DIMS)
+def test_rotated_linear_backward_at_every_level(level, dims, dtype):
+    """The rotation and the sums of its result in one pass, for one column of M per token."""
+    width, wide = prod(dims), torch.promote_types(dtype, torch.float32)
+    factors = [torch.randn(n, n, dtype=wide) / n**0.5 for n in dims]
+    exact_factors = [factor.double() for factor in factors]
+    scale, matrix = torch.randn(width, dtype=wide), torch.ones(1, width, dtype=dtype)
+    for rows, transpose, scaled in product(KRON_ROWS, *[(False, True)] * 2):
+        x = torch.randn(rows, width, dtype=wide).to(dtype)
+        grad = torch.randn(rows, 1, dtype=wide).to(dtype)
+        given = scale if scaled else None
+        dx, ds, *sums = op.rotated_linear_bwd(
+            grad, x, given, matrix, None, None, transpose, True, factors
+        )
+        h = kron_rotate_reference(
+            grad.double().expand(rows, width), exact_factors, transpose, None, None
+        )
+        exact_scale = None if given is None else given.double()
+        # The sums are taken of what was stored.
+        stored = h.to(dtype).double()
+        *grams, column_sums = kron_gram_reference(stored, x.double(), list(dims), exact_scale)
+        assert_near(dx, stored if exact_scale is None else stored * exact_scale)
+        assert dx.dtype == dtype and ds.dtype == wide
+        allowed = 2 * TOLERANCE[dtype]
+        assert relative_error(ds, column_sums) <= allowed
+        for actual, rotation, gram in zip(sums, exact_factors, grams, strict=True):
+            exact = gram.mT @ rotation if transpose else rotation @ gram
+            assert relative_error(actual, exact) <= allowed
+
+
 def test_kron_padding_is_never_read(level):
     """Whatever a freed block of memory holds, NaN or denormal, must not reach a result."""
     for dims in KRON_DIMS:
@@ -338,6 +381,9 @@ def test_kron_padding_is_never_read(level):
                 [
                     op.kron_rotate(x, factors, False, None, None),
                     *op.kron_gram(x, x, list(dims), None),
+                    *op.rotated_linear_bwd(
+                        *(x[:, :1], x, None, x[:1], None, None, False, True, factors)
+                    ),
                 ]
             )
         assert all(map(torch.equal, *results))

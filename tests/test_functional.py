@@ -7,7 +7,6 @@ import torch
 from support import assert_near, dense_kron, dense_soda_weight, random_rotation, randomise
 
 from spectral_adapters import SODALinear
-from spectral_adapters.autograd import RotatedLinearFunction, apply
 from spectral_adapters.functional import (
     cayley,
     kron_gram,
@@ -45,24 +44,18 @@ def test_torch_func_sees_the_same_gradients(plan):
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-def test_the_two_ways_to_rotate_tokens_agree(transpose):
-    """On the CPU autograd differentiates the tokens plan; accelerators take the Function."""
+def test_rotated_tokens_and_rotated_matrix_agree(transpose):
     factors = [random_rotation(n).requires_grad_() for n in (2, 3)]
     x, scale, bias, matrix = _leaf(2, 4, 6), _leaf(6), _leaf(5), _leaf(5, 6).detach()
     leaves = [x, scale, bias, *factors]
     options = {"scale": scale, "bias": bias, "transpose": transpose}
     expected = rotated_linear(x, matrix, factors, **options)
-    on_cpu = rotated_linear(x, matrix, factors, on_tokens=True, **options)
-    arguments = (x, scale, matrix, None, bias, transpose, True, *factors)
-    by_function, _ = apply(RotatedLinearFunction, *arguments)
+    y = rotated_linear(x, matrix, factors, on_tokens=True, **options)
+    assert_near(y, expected)
     cotangent = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, leaves, cotangent)
-    for y in (on_cpu, by_function):
-        assert_near(y, expected)
-        for actual, gradient in zip(
-            torch.autograd.grad(y, leaves, cotangent), gradients, strict=True
-        ):
-            assert_near(actual, gradient)
+    for actual, gradient in zip(torch.autograd.grad(y, leaves, cotangent), gradients, strict=True):
+        assert_near(actual, gradient)
 
 
 def test_cayley_of_a_whole_model_is_one_node():

@@ -76,6 +76,11 @@ def samples(name):
         "cayley_bwd": ([torch.randn(3, 5, 5, device=DEVICE)], rotations),
         "kron_rotate": (x, factors_of((3, 4)), True, scale, None),
         "kron_gram": (x, torch.randn_like(x), [3, 4], scale),
+        "rotated_linear_fwd": (x, scale, x[:5], None, None, False, True, factors_of((3, 4))),
+        "rotated_linear_bwd": (
+            *(torch.randn(9, 5, device=DEVICE), x, scale, x[:5].clone(), None, None),
+            *(False, True, factors_of((3, 4))),
+        ),
     }[name]
 
 

@@ -1,14 +1,20 @@
 """The raw ops: what the dispatcher demands of them, and the values of references and overrides."""
 
+from itertools import product
+
 import pytest
 import torch
-from support import assert_near, dense_kron, random_rotation
+from support import TOLERANCE, assert_near, dense_kron, random_rotation, relative_error
 
 import spectral_kernels
 from spectral_kernels._overrides import STATUS
 from spectral_kernels.ops import OPS
 from spectral_kernels.ops.cayley import cayley_bwd_reference, cayley_fwd_reference
 from spectral_kernels.ops.kron import kron_gram_reference, kron_rotate_reference
+from spectral_kernels.ops.rotated_linear import (
+    rotated_linear_bwd_reference,
+    rotated_linear_fwd_reference,
+)
 
 op = torch.ops.spectral
 
@@ -19,12 +25,18 @@ def _packed(sizes_and_batches, dtype=torch.float32, scale=1.0):
     ]
 
 
+FACTORS = [random_rotation(2, dtype=torch.float32), random_rotation(3, dtype=torch.float32)]
 MIXED = [(4, 3), (5, 2), (3, 0), (1, 2), (17, 1), (2, 5)]
 
 SAMPLES = {
-    "cayley_fwd": [(_packed(MIXED), [n for n, _ in MIXED]), ([], [])],
+    "cayley_fwd": [
+        (_packed(MIXED), [n for n, _ in MIXED]),
+        ([torch.randn(6), torch.randn(2, 3)], [4, 3]),
+        ([], []),
+    ],
     "cayley_bwd": [
-        ([torch.randn(b, n, n) for n, b in MIXED], [torch.randn(b, n, n) for n, b in MIXED])
+        ([torch.randn(b, n, n) for n, b in MIXED], [torch.randn(b, n, n) for n, b in MIXED]),
+        ([torch.randn(4, 4)], [torch.randn(4, 4)]),
     ],
     "kron_rotate": [
         (torch.randn(7, 12), [torch.randn(3, 3), torch.randn(4, 4)], True, torch.randn(12), None),
@@ -42,6 +54,24 @@ SAMPLES = {
         (torch.randn(7, 12), torch.randn(7, 12), [3, 4], torch.randn(12)),
         (torch.randn(0, 12), torch.randn(0, 12), [2, 2, 3], None),
         (torch.randn(7, 12).half(), torch.randn(7, 12).half(), [12], None),
+    ],
+    "rotated_linear_fwd": [
+        (x, scale, matrix, subtract, bias, transpose, on_tokens, FACTORS)
+        for x, scale, matrix, subtract, bias, transpose, on_tokens in (
+            (torch.randn(2, 7, 6), torch.randn(6), torch.randn(5, 6), None, None, False, True),
+            (torch.randn(7, 6), None, torch.randn(5, 6), None, torch.randn(5), True, True),
+            (torch.randn(7, 6), None, torch.randn(5, 6), torch.randn(5, 6), None, True, False),
+            (torch.randn(0, 6), torch.randn(6), torch.randn(5, 6), None, None, False, False),
+        )
+    ],
+    "rotated_linear_bwd": [
+        (grad, x, scale, torch.randn(5, 6), subtract, rotated, transpose, needs_sums, FACTORS)
+        for grad, x, scale, subtract, rotated, transpose, needs_sums in (
+            (torch.randn(2, 7, 5), torch.randn(2, 7, 6), torch.randn(6), None, None, False, True),
+            (torch.randn(7, 5), torch.randn(7, 6), None, None, None, True, False),
+            (torch.randn(7, 5), torch.randn(7, 6), None, *torch.randn(2, 5, 6), True, True),
+            (torch.randn(0, 5), torch.randn(0, 6), None, None, None, False, True),
+        )
     ],
 }
 
@@ -157,6 +187,58 @@ def test_kron_gram_values(grams_of, dims, dtype):
         unfold = lambda t: t.movedim(axis + 1, 0).reshape(dims[axis], -1)  # noqa: B023, E731
         assert_near(gram, unfold(wide_a) @ unfold(wide_b).mT, factor=2)
     assert_near(column_sums, (a.double() * b.double()).sum(0))
+
+
+PRODUCTS = {
+    "op": (op.rotated_linear_fwd, op.rotated_linear_bwd),
+    "reference": (rotated_linear_fwd_reference, rotated_linear_bwd_reference),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", PRODUCTS)
+def test_rotated_linear_values(which, dtype):
+    """Every combination of options against the dense product, differentiated in float64."""
+    forward, backward = PRODUCTS[which]
+    small = torch.float64 if dtype == torch.float64 else torch.float32
+    factors = [random_rotation(n, dtype=small) for n in (3, 4)]
+    random = lambda *shape: torch.randn(*shape, dtype=torch.float64).to(dtype)  # noqa: E731
+    for scaled, subtracted, biased, transpose, on_tokens in product((False, True), repeat=5):
+        if subtracted and on_tokens:
+            continue
+        x, matrix, bias, grad = random(2, 7, 12), random(5, 12), random(5), random(2, 7, 5)
+        scale = random(12).to(small) if scaled else None
+        subtract = random(5, 12) if subtracted else None
+
+        leaves = [t.to(torch.float64, copy=True).requires_grad_() for t in (x, *factors)]
+        unit = torch.ones(12, dtype=torch.float64)
+        unit = (unit if scale is None else scale.to(torch.float64, copy=True)).requires_grad_()
+        dense = torch.kron(leaves[1], leaves[2])
+        expected = (leaves[0] * unit) @ (matrix.double() @ (dense.mT if transpose else dense)).mT
+        if subtract is not None:
+            expected = expected - leaves[0] @ subtract.double().mT
+        if biased:
+            expected = expected + bias.double()
+        expected_x, expected_scale, *expected_factors = torch.autograd.grad(
+            expected, [leaves[0], unit, *leaves[1:]], grad.double()
+        )
+
+        options = (x, scale, matrix, subtract, bias if biased else None)
+        y, rotated = forward(*options, transpose, on_tokens, factors)
+        assert_near(y, expected, factor=2)
+        assert rotated.shape == ((0,) if on_tokens else matrix.shape) and rotated.dtype == dtype
+        saved = (x, scale, matrix, subtract, None if on_tokens else rotated)
+        (alone,) = backward(grad, *saved, transpose, False, factors)
+        dx, ds, *dfactors = backward(grad, *saved, transpose, True, factors)
+        assert_near(alone, expected_x, factor=2)
+        assert_near(dx, expected_x, factor=2)
+        # bf16: the sums are fp32, of values that were rounded on the way.
+        assert relative_error(ds, expected_scale) <= 4 * TOLERANCE[dtype]
+        for factor, actual, exact in zip(factors, dfactors, expected_factors, strict=True):
+            # The op promises the gradient along the rotations only.
+            tangent = lambda g: factor.double().mT @ g.double()  # noqa: B023, E731
+            skew = lambda g: tangent(g) - tangent(g).mT  # noqa: B023, E731
+            assert relative_error(skew(actual), skew(exact)) <= 4 * TOLERANCE[dtype]
 
 
 def test_non_contiguous_inputs():

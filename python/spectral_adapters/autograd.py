@@ -7,6 +7,7 @@ product and no solve is ever built.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spectral_kernels.ops.kron import accumulation_dtype, gram_axis, rotate_axis
+from spectral_kernels.ops.rotated_linear import (
+    rotated_linear_bwd_reference,
+    rotated_linear_fwd_reference,
+)
 
 _ops = torch.ops.spectral
 
@@ -44,6 +49,11 @@ def raw(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
+def _product(op: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, or under ``torch.compile`` its reference, which leaves the GEMMs to the compiler."""
+    return reference if torch.compiler.is_compiling() else partial(raw, op)
+
+
 class CayleyFunction(torch.autograd.Function):
     """Packed skew parameters of a whole model to rotations, as one node of the graph.
 
@@ -53,11 +63,7 @@ class CayleyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(sizes: tuple[int, ...], *packed: Tensor) -> tuple[Tensor, ...]:
-        batches = [p if p.dim() == 2 else p.unsqueeze(0) for p in packed]
-        rotations = raw(_ops.cayley_fwd, batches, list(sizes))
-        return tuple(
-            r if p.dim() == 2 else r.squeeze(0) for p, r in zip(packed, rotations, strict=True)
-        )
+        return tuple(raw(_ops.cayley_fwd, packed, sizes))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -70,17 +76,11 @@ class CayleyFunction(torch.autograd.Function):
         results: list[Tensor | None] = [None] * len(grads)
         rotations = ctx.saved_tensors
         packed_grads = raw(
-            _ops.cayley_bwd,
-            [_as_batch(grads[i].contiguous()) for i in wanted],
-            [_as_batch(rotations[i]) for i in wanted],
+            _ops.cayley_bwd, [grads[i] for i in wanted], [rotations[i] for i in wanted]
         )
         for i, grad in zip(wanted, packed_grads, strict=True):
-            results[i] = grad if rotations[i].dim() == 3 else grad.squeeze(0)
+            results[i] = grad
         return None, *results
-
-
-def _as_batch(matrix: Tensor) -> Tensor:
-    return matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
 
 
 class KronRotateFunction(torch.autograd.Function):
@@ -201,22 +201,10 @@ class RotatedLinearFunction(torch.autograd.Function):
         on_tokens: bool,
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        rotations = list(factors)
-        if on_tokens:
-            flat = x.reshape(-1, x.shape[-1])
-            t = raw(_ops.kron_rotate, flat, rotations, not transpose, scale, None)
-            y = torch.nn.functional.linear(t.view(x.shape), matrix.to(x.dtype), bias)
-            rotated = None
-        else:
-            rotated = raw(_ops.kron_rotate, matrix, rotations, transpose, None, None).to(x.dtype)
-            if subtract is not None:
-                # Folding s and N into the basis keeps the difference exact: zero is zero.
-                folded = rotated if scale is None else rotated * scale.to(x.dtype)
-                y = torch.nn.functional.linear(x, folded - subtract.to(x.dtype), bias)
-            else:
-                t = x if scale is None else x * scale.to(x.dtype)
-                y = torch.nn.functional.linear(t, rotated, bias)
-        return y, rotated
+        y, rotated = _product(_ops.rotated_linear_fwd, rotated_linear_fwd_reference)(
+            x, scale, matrix, subtract, bias, transpose, on_tokens, list(factors)
+        )
+        return y, None if on_tokens else rotated
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -224,42 +212,40 @@ class RotatedLinearFunction(torch.autograd.Function):
         rotated = output[1]
         if rotated is not None:
             ctx.mark_non_differentiable(rotated)
+            ctx.set_materialize_grads(False)  # else a matrix of zeros is made for `rotated`
         ctx.save_for_backward(x, scale, matrix, subtract, bias, rotated, *factors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, scale, matrix, subtract, bias, rotated, *factors = ctx.saved_tensors
         needs_x, needs_scale, _, _, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
         grad_x = grad_scale = grad_bias = None
         factor_grads: list[Tensor | None] = [None] * len(factors)
-
-        flat_grad = grad.reshape(-1, grad.shape[-1])
-        flat_x = x.reshape(-1, x.shape[-1])
         if needs_bias:
-            grad_bias = flat_grad.sum(0).to(bias.dtype)
-        if needs_x or needs_scale or any(needs_factors):
-            if rotated is None:
-                h = flat_grad @ matrix.to(grad.dtype)
-                h = raw(_ops.kron_rotate, h, factors, ctx.transpose, None, None)
-            else:
-                h = flat_grad @ rotated
-            if needs_scale or any(needs_factors):
-                dims = [factor.shape[0] for factor in factors]
-                *grams, column_sums = raw(_ops.kron_gram, h, flat_x, dims, scale)
-                if needs_scale:
-                    grad_scale = column_sums.to(scale.dtype)
-                for i, factor in enumerate(factors):
-                    if needs_factors[i]:
-                        gram = grams[i].to(factor.dtype)
-                        factor_grads[i] = gram.mT @ factor if ctx.transpose else factor @ gram
-            if needs_x:
-                # h is this backward's own, and no longer needed.
-                grad_x = h if scale is None else h.mul_(scale.to(h.dtype))
-                if subtract is not None:
-                    grad_x = grad_x - flat_grad @ subtract.to(grad.dtype)
-                grad_x = grad_x.view(x.shape)
-        return grad_x, grad_scale, None, None, grad_bias, None, None, *factor_grads
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
+        needs_sums = needs_scale or any(needs_factors)
+        if needs_x or needs_sums:
+            backward = _product(_ops.rotated_linear_bwd, rotated_linear_bwd_reference)
+            grad_x, *sums = backward(
+                grad, x, scale, matrix, subtract, rotated, ctx.transpose, needs_sums, factors
+            )
+            if needs_sums:
+                grad_scale = sums[0] if needs_scale else None
+                for i, needed in enumerate(needs_factors):
+                    factor_grads[i] = sums[i + 1] if needed else None
+        return (
+            grad_x if needs_x else None,
+            grad_scale,
+            None,
+            None,
+            grad_bias,
+            None,
+            None,
+            *factor_grads,
+        )
 
 
 class RotatedWeightFunction(torch.autograd.Function):
@@ -282,11 +268,14 @@ class RotatedWeightFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         scale, _, _, right, *factors = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else a matrix of zeros is made for `rotated`
         ctx.save_for_backward(scale, right, output[1], *factors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         scale, right, rotated, *factors = ctx.saved_tensors
         needs_scale, _, _, _, *needs_factors = ctx.needs_input_grad
         dims = [factor.shape[0] for factor in factors]

@@ -19,16 +19,16 @@ def packed_length(n: int) -> int:
 
 
 def _skew(packed: Tensor, n: int) -> Tensor:
-    """``[B, n(n-1)/2]`` to the skew ``Q = (P - P^T)/2``, ``[B, n, n]``."""
+    """``[..., n(n-1)/2]`` to the skew ``Q = (P - P^T)/2``, ``[..., n, n]``."""
     rows, columns = torch.triu_indices(n, n, offset=1, device=packed.device)
-    upper = packed.new_zeros(packed.shape[0], n, n)
-    upper[:, rows, columns] = packed * 0.5
+    upper = packed.new_zeros(*packed.shape[:-1], n, n)
+    upper[..., rows, columns] = packed * 0.5
     return upper - upper.mT
 
 
 def cayley_fwd_reference(packed: list[Tensor], sizes: list[int]) -> list[Tensor]:
     """``R = 2 (I - Q)^-1 - I`` for every batch; ``packed[i]`` [B_i, n_i(n_i-1)/2] -> [B_i, n_i,
-    n_i].
+    n_i], or without the B_i for a single rotation.
 
     The inverse is taken in float64 so that fp32 rotations are orthogonal to rounding at any ``Q``.
     """
@@ -45,7 +45,7 @@ def cayley_bwd_reference(grad_rotation: list[Tensor], rotation: list[Tensor]) ->
     """Gradient of the packed entries from ``dR`` and ``R`` alone, no solve (DESIGN section 3).
 
     ``dQ = 1/2 (I + R) (R^T dR) (I + R)^T`` and ``dP[i, j] = (dQ[i, j] - dQ[j, i]) / 2`` above the
-    diagonal. Batches ``[B_i, n_i, n_i]`` to ``[B_i, n_i(n_i-1)/2]``.
+    diagonal. Batches ``[B_i, n_i, n_i]`` to ``[B_i, n_i(n_i-1)/2]``; both without the B_i for one.
     """
     grads = []
     for grad, matrix in zip(grad_rotation, rotation, strict=True):
@@ -53,21 +53,23 @@ def cayley_bwd_reference(grad_rotation: list[Tensor], rotation: list[Tensor]) ->
         rows, columns = torch.triu_indices(n, n, offset=1, device=matrix.device)
         shifted = matrix + torch.eye(n, dtype=matrix.dtype, device=matrix.device)
         grad_skew = 0.5 * (shifted @ (matrix.mT @ grad) @ shifted.mT)
-        grads.append(0.5 * (grad_skew - grad_skew.mT)[:, rows, columns].contiguous())
+        grads.append(0.5 * (grad_skew - grad_skew.mT)[..., rows, columns].contiguous())
     return grads
 
 
 def _cayley_fwd_fake(packed: list[Tensor], sizes: list[int]) -> list[Tensor]:
     torch._check(len(packed) == len(sizes))
     for batch, n in zip(packed, sizes, strict=True):
-        torch._check(batch.dim() == 2 and batch.shape[1] == packed_length(n))
-    return [batch.new_empty(batch.shape[0], n, n) for batch, n in zip(packed, sizes, strict=True)]
+        torch._check(batch.dim() in (1, 2) and batch.shape[-1] == packed_length(n))
+    return [
+        batch.new_empty(*batch.shape[:-1], n, n) for batch, n in zip(packed, sizes, strict=True)
+    ]
 
 
 def _cayley_bwd_fake(grad_rotation: list[Tensor], rotation: list[Tensor]) -> list[Tensor]:
     torch._check(len(grad_rotation) == len(rotation))
     return [
-        matrix.new_empty(matrix.shape[0], packed_length(matrix.shape[-1])) for matrix in rotation
+        matrix.new_empty(*matrix.shape[:-2], packed_length(matrix.shape[-1])) for matrix in rotation
     ]
 
 

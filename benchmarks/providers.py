@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from spectral_adapters import SODALinear
+from spectral_adapters import SODALinear, SpectralAdapterALinear, SpectralAdapterRLinear
 from spectral_adapters.factors import balanced_factors
 from spectral_adapters.functional import cayley
 from spectral_adapters.planner import choose_plan
@@ -278,7 +278,7 @@ def compiled_plain(problem: SODAProblem) -> Candidate:
     return through_autograd(torch.compile(fastest, fullgraph=True, dynamic=False))(problem)
 
 
-def lora(problem: SODAProblem) -> Candidate:
+def lora(problem: SODAProblem | LowRankProblem) -> Candidate:
     """PEFT's LoRA of rank 8 on the same weight."""
     layer = _peft_layer(problem, "LoraConfig", r=LORA_RANK, lora_alpha=LORA_ALPHA)
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -308,16 +308,19 @@ def oft(problem: SODAProblem) -> Candidate:
     return Candidate(lambda: _step(layer(problem.x), trained, problem.grad), oracle)
 
 
-def _peft_layer(problem: SODAProblem, config: str, **options: object) -> nn.Module:
+def _peft_layer(problem: SODAProblem | LowRankProblem, config: str, **options: object) -> nn.Module:
     try:
         import peft
+
+        import spectral_adapters.peft as ours
     except ImportError as error:
         raise Unavailable("peft is not installed") from error
+    config_cls = getattr(ours, config, None) or getattr(peft, config)
     model = nn.Sequential(nn.Linear(problem.case.n, problem.case.n, bias=False))
     model.to(problem.x.device)
     with torch.no_grad():
         model[0].weight.copy_(problem.weight)
-    peft.inject_adapter_in_model(getattr(peft, config)(target_modules=["0"], **options), model)
+    peft.inject_adapter_in_model(config_cls(target_modules=["0"], **options), model)
     return model[0]
 
 
@@ -343,7 +346,7 @@ def gemms_merged(problem: SODAProblem) -> Candidate:
     return _products(products, [problem.x, layer.left, layer.right, problem.grad])
 
 
-def gemms_frozen(problem: SODAProblem) -> Candidate:
+def gemms_frozen(problem: SODAProblem | LowRankProblem) -> Candidate:
     """A frozen linear layer: what any adapter pays, whatever it trains."""
     return _products(
         lambda x, weight, grad: [x @ weight.mT, grad @ weight],
@@ -370,6 +373,82 @@ SODA_PROVIDERS: dict[str, Callable[[SODAProblem], Candidate]] = {
     "PEFT OFT b=32": oft,
     "GEMMs factored": gemms_factored,
     "GEMMs merged": gemms_merged,
+    "frozen linear": gemms_frozen,
+}
+
+
+@dataclass(frozen=True)
+class LowRankCase:
+    """A square linear layer [n, n] with an adapter of rank 8 and a batch of M tokens, fp32."""
+
+    n: int
+    tokens: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"n{self.n}-M{self.tokens}-{self.device}"
+
+    def build(self) -> LowRankProblem:
+        return LowRankProblem(self)
+
+    def note(self) -> str:
+        """What every provider here adds to the frozen product."""
+        return f"r={LORA_RANK}"
+
+
+class LowRankProblem:
+    """A frozen weight [n, n], tokens x [M, n] and the gradient of the output [M, n]."""
+
+    def __init__(self, case: LowRankCase) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(case.n + case.tokens)
+        shape, device = (case.tokens, case.n), case.device
+        self.x = torch.randn(shape, generator=generator).to(device).requires_grad_()
+        self.grad = torch.randn(shape, generator=generator).to(device)
+        weight = torch.randn(case.n, case.n, generator=generator) / case.n**0.5
+        self.weight = weight.to(device)
+
+
+def spectral_adapter(kind: str, *, peft: bool) -> Callable[[LowRankProblem], Candidate]:
+    """Spectral Adapter "a" or "r" of this project, as a layer of its own or in PEFT."""
+
+    def provider(problem: LowRankProblem) -> Candidate:
+        if peft:
+            layer: nn.Module = _peft_layer(problem, f"SpectralAdapter{kind.upper()}Config", r=8)
+            basis = layer._basis("default", problem.x.device)
+        else:
+            cls = SpectralAdapterALinear if kind == "a" else SpectralAdapterRLinear
+            linear_layer = nn.Linear(problem.case.n, problem.case.n, bias=False)
+            linear_layer.weight = nn.Parameter(problem.weight)
+            layer = cls.from_linear(linear_layer, r=LORA_RANK)
+            basis = layer.basis
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        for parameter in parameters:
+            nn.init.normal_(parameter, 0, 0.02)
+        trained = [problem.x, *parameters]
+
+        def oracle() -> Tensors:
+            x, first, second = _leaves(trained, torch.float64)
+            u, s, vt = (factor.double() for factor in basis)
+            if kind == "a":
+                changed = ((u + first) * s) @ (vt + second.mT)
+            else:
+                turns = [_exact_cayley(_unpack(p, LORA_RANK)) for p in (first, second)]
+                changed = u @ turns[0] @ torch.diag(s) @ turns[1].mT @ vt
+            weight = problem.weight.double() + changed - (u * s) @ vt
+            return _step(x @ weight.mT, [x, first, second], problem.grad.double())
+
+        return Candidate(lambda: _step(layer(problem.x), trained, problem.grad), oracle)
+
+    return provider
+
+
+LOW_RANK_PROVIDERS: dict[str, Callable[[LowRankProblem], Candidate]] = {
+    "A": spectral_adapter("a", peft=False),
+    "R": spectral_adapter("r", peft=False),
+    "PEFT A": spectral_adapter("a", peft=True),
+    "PEFT R": spectral_adapter("r", peft=True),
+    "PEFT LoRA r=8": lora,
     "frozen linear": gemms_frozen,
 }
 

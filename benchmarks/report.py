@@ -76,6 +76,10 @@ RATIOS: dict[str, list[Ratio]] = {
         Ratio("ours / GEMMs", OURS, GEMMS),
         Ratio("auto / best plan", ("ours auto",), OURS),
     ],
+    "low_rank": [
+        Ratio(f"{name} / LoRA", (name,), ("PEFT LoRA r=8",), lambda case: 1.05, at_least=False)
+        for name in ("A", "R", "PEFT A", "PEFT R")
+    ],
     "cayley": [
         Ratio(
             "loop / ours",

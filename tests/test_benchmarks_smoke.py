@@ -15,9 +15,11 @@ import measure
 import report
 from providers import (
     CAYLEY_PROVIDERS,
+    LOW_RANK_PROVIDERS,
     SODA_PROVIDERS,
     Candidate,
     CayleyCase,
+    LowRankCase,
     SODACase,
     Unavailable,
 )
@@ -37,6 +39,15 @@ def _fast(names):
 def test_soda_provider_agrees_with_its_oracle(name):
     try:
         candidate = SODA_PROVIDERS[name](SODA.build())
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert measure.error_of(candidate) <= measure.TOLERANCE
+
+
+@pytest.mark.parametrize("name", LOW_RANK_PROVIDERS)
+def test_low_rank_provider_agrees_with_its_oracle(name):
+    try:
+        candidate = LOW_RANK_PROVIDERS[name](LowRankCase(n=64, tokens=6, device="cpu").build())
     except Unavailable as reason:
         pytest.skip(str(reason))
     assert measure.error_of(candidate) <= measure.TOLERANCE

@@ -7,19 +7,25 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
-from tiny_pipelines import tiny_pipeline, tiny_xl_pipeline
+from tiny_pipelines import tiny_pipeline, tiny_xl_pipeline  # noqa: E402
 
-from spectral_adapters import cli
-from spectral_adapters.diffusers import export_lora, export_merged, load_adapter, save_adapter
-from spectral_adapters.peft import (
+from spectral_adapters import cli  # noqa: E402
+from spectral_adapters.diffusers import (  # noqa: E402
+    export_lora,
+    export_merged,
+    load_adapter,
+    save_adapter,
+)
+from spectral_adapters.peft import (  # noqa: E402
     LiDBConfig,
     SODAConfig,
     SpectralAdapterAConfig,
     SpectralAdapterRConfig,
     SVDiffConfig,
 )
+from spectral_adapters.peft import export_lora as export_component  # noqa: E402
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
 EXACT = [
@@ -143,6 +149,21 @@ def test_command_line(tmp_path, capsys):
     bad[4] = str(tmp_path / "nowhere")
     assert cli.main(bad) == cli.USAGE_ERROR
     assert "folder must hold an adapter" in capsys.readouterr().err
+
+
+def test_exported_config_means_the_adapted_modules_alone(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        inner = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), inner, torch.nn.Linear(8, 4))
+
+    config = SpectralAdapterAConfig(target_modules=r"0|2", r=2, init_weights=False)
+    adapted_model, x = peft.get_peft_model(model(), config), torch.randn(3, 8)
+    export_component(adapted_model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(model(), tmp_path)
+    names = {name for name, _ in loaded.named_modules() if name.endswith("lora_A")}
+    assert names == {f"base_model.model.{index}.lora_A" for index in (0, 2)}
+    torch.testing.assert_close(loaded(x), adapted_model(x), rtol=0, atol=1e-5)
 
 
 def test_exported_files_need_nothing_of_us(tmp_path):

@@ -650,10 +650,9 @@ def test_bitsandbytes_base(method, bits):
 @every_method
 def test_torchao_base(method):
     """int8 bases of torchao: trained, merged, unmerged, or refused with a reason."""
-    torchao = pytest.importorskip("torchao")
+    pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    assert torchao is not None
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 64))
     quantize_(base, Int8WeightOnlyConfig(version=2))
@@ -678,6 +677,54 @@ def test_torchao_base(method):
     assert relative_error(model(x), y) < 0.05
     model.unmerge_adapter()
     assert torch.equal(model(x), y)
+
+
+def test_a_quantised_weight_is_dequantised_once(monkeypatch):
+    """Shapes and ranks of a new adapter do not cost another copy of the weight."""
+    bnb = pytest.importorskip("bitsandbytes")
+    from peft.utils.quantization_utils import Bnb4bitBackend
+
+    calls = []
+    original = Bnb4bitBackend.get_base_weight
+    monkeypatch.setattr(
+        Bnb4bitBackend, "get_base_weight", lambda *args: calls.append(args) or original(*args)
+    )
+    base = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32).to("cpu"))
+    model = get_peft_model(base, METHODS["Spectral Adapter A"](target_modules=["0"]))
+    assert len(calls) <= 2  # its dtype, then its columns
+    calls.clear()
+    steps(model, torch.randn(5, 64))
+    assert not calls
+
+
+def test_other_quantised_bases_are_refused(monkeypatch):
+    """Libraries that were not tried are named and refused."""
+    from peft.utils.quantization_utils import HqqBackend
+
+    monkeypatch.setattr(
+        "spectral_adapters.peft._model.resolve_quantization_backend",
+        lambda *args, **kwargs: HqqBackend(),
+    )
+    with pytest.raises(ValueError, match=r"quantised by hqq: it supports bitsandbytes"):
+        get_peft_model(mlp(), METHODS["Spectral Adapter A"]())
+
+
+@every_method
+def test_scaled_embeddings(method):
+    """Embeddings that multiply what they look up, as those of Bart and Gemma."""
+    from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+
+    torch.manual_seed(0)
+    base = nn.Sequential(BartScaledWordEmbedding(11, 6, 3, embed_scale=2.5), nn.Linear(6, 5))
+    x = torch.randint(11, (5, 7))
+    expected = base(x)
+    model = get_peft_model(base, method(target_modules=["0"]))
+    assert torch.equal(model(x), expected)
+    steps(model, x)
+    y = model(x)
+    assert not torch.allclose(y, expected)
+    model.merge_adapter()
+    assert relative_error(model(x), y) <= TOLERANCE[torch.float32]
 
 
 @every_method
@@ -712,7 +759,11 @@ def test_rank_pattern_and_columns():
         (SpectralAdapterAConfig, {"r": 0}, ValueError, "r must be an int of at least 1"),
         (SpectralAdapterAConfig, {"columns": "left"}, ValueError, "columns must be one of 'top'"),
         (SpectralAdapterAConfig, {"columns": [1, 1]}, ValueError, "columns must hold different"),
+        (SpectralAdapterAConfig, {"columns": 3}, TypeError, "columns must be one of 'top'.*got 3"),
+        (SpectralAdapterAConfig, {"columns": [0, "1"]}, TypeError, "columns must hold ints"),
+        (SpectralAdapterAConfig, {"r": "8"}, ValueError, "r must be an int of at least 1"),
         (SpectralAdapterAConfig, {"offset": -1}, ValueError, "offset must be an int of at least 0"),
+        (SpectralAdapterAConfig, {"offset": "1"}, ValueError, "offset must be an int of at least"),
         (SpectralAdapterAConfig, {"algorithm": "qr"}, ValueError, "algorithm must be one of"),
         (SpectralAdapterAConfig, {"rank_pattern": [3]}, TypeError, "rank_pattern must be a dict"),
         (

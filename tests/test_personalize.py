@@ -365,6 +365,7 @@ def test_folder_errors_name_the_file(tmp_path, kind, message):
         (("--names", "dog"), "--names needs --style"),
         (("--prior-images=3",), "--prior-images and --prior-caption need each other"),
         (("--prior-images=-1",), "--prior-images must be at least 0; got -1"),
+        (("--prior-weight=2",), "--prior-weight needs --prior-images"),
         (
             ("--rank=4",),
             "--rank is an option of --method spectral-a or spectral-r or lidb or lora, not of soda",

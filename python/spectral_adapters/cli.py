@@ -18,6 +18,7 @@ from spectral_adapters.personalize.settings import (
     UsageError,
     flag,
     resumed,
+    usage_errors,
     value_type,
 )
 
@@ -139,9 +140,12 @@ def run_export(options: dict[str, Any]) -> int:
     output, rank = Path(options["output"]), options["rank"]
     if options["format"] == "merged" and rank is not None:
         raise UsageError("--rank is for LoRAs; a merged pipeline is exact")
-    try:
+    with usage_errors():
         pipe = load_pipeline(options["base"])
-        adapters.load_adapter(pipe, options["adapter"])
+        try:
+            adapters.load_adapter(pipe, options["adapter"])
+        except RuntimeError as error:  # trained on other base weights
+            raise UsageError(" ".join(str(error).split())) from error
         if options["format"] == "merged":
             adapters.export_merged(pipe, output)
             errors: dict[str, Any] = {}
@@ -152,8 +156,6 @@ def run_export(options: dict[str, Any]) -> int:
             }
         else:
             errors = adapters.export_lora(pipe, output, rank=rank, file_format=options["format"])
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
     lines = [
         (f"{component}.{name}", lost)
         for component, found in errors.items()

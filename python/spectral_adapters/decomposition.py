@@ -13,7 +13,7 @@ An adapter that rotates them means something only together with the basis it was
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,6 +105,10 @@ def select_columns(
             )
         start = offset if columns == "top" else rank - offset - r
         return tuple(range(start, start + r))
+    if not isinstance(columns, Iterable):
+        raise TypeError(
+            f"columns must be one of {', '.join(map(repr, COLUMNS))} or hold ints; got {columns!r}"
+        )
     indices = tuple(columns)
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int):

@@ -51,6 +51,7 @@ class SVDiffLinear(SODALinear):
             base_dtype=base_dtype,
         )
 
+    # Without the options of a rotation that it does not have, which the base class accepts.
     @classmethod
     def from_linear(  # type: ignore[override]
         cls,

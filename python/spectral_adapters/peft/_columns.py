@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from spectral_adapters._validation import check_choice
 from spectral_adapters.decomposition import (
     ALGORITHMS,
-    COLUMNS,
     ColumnFactorisation,
     select_columns,
 )
@@ -45,9 +45,7 @@ class ColumnConfig(SpectralConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("algorithm", self.algorithm, ALGORITHMS)
-        if isinstance(self.columns, str):
-            check_choice("columns", self.columns, COLUMNS)
-        else:
+        if not isinstance(self.columns, str) and isinstance(self.columns, Iterable):
             self.columns = list(self.columns)
         if self.rank_pattern is not None:
             if not isinstance(self.rank_pattern, Mapping):
@@ -62,8 +60,7 @@ class ColumnConfig(SpectralConfig):
                 )
         for r in (self.r, *(self.rank_pattern or {}).values()):
             # All but the weight's own rank can be checked here.
-            largest = max(self.columns, default=0) if isinstance(self.columns, list) else 0
-            select_columns(self.columns, r, self.offset + (r or 8) + largest, self.offset)
+            select_columns(self.columns, r, sys.maxsize, self.offset)
 
     def r_for(self, name: str) -> int | None:
         """The number of columns for the module ``name``."""
@@ -78,10 +75,8 @@ class ColumnLayer(SpectralLayer):
 
     is_low_rank = True
 
-    configs: dict[str, ColumnConfig]  # type: ignore[assignment]
-
     def _columns(self, config: ColumnConfig) -> tuple[int, ...]:
-        rank = min(self._base_matrix().shape)
+        rank = min(self._matrix_shape())
         try:
             return select_columns(config.columns, config.r_for(self.name), rank, config.offset)
         except ValueError as error:
@@ -92,9 +87,6 @@ class ColumnLayer(SpectralLayer):
 
     def _rank(self, adapter: str) -> int:
         return len(self._columns(self.configs[adapter]))
-
-    def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
-        return not any(bool(values.any()) for values in trained)
 
 
 class ColumnModel(SpectralModel):

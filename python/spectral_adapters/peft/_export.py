@@ -6,12 +6,14 @@ SVDiff change the weight at full rank; the nearest LoRA of a given rank is their
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -32,12 +34,14 @@ class LoRAExport:
             fp32 on the CPU (``lora_embedding_A`` and ``lora_embedding_B`` for embeddings).
         errors: by module, the Frobenius norm of what the rank leaves out, relative to that of the
             change; 0.0 where nothing is left out.
+        target_modules: the adapted modules, as for ``LoraConfig``.
         fan_in_fan_out: whether the adapted layers are ``Conv1D`` of transformers.
     """
 
     rank: int
     state_dict: dict[str, Tensor]
     errors: dict[str, float]
+    target_modules: list[str] | str
     fan_in_fan_out: bool
 
     @property
@@ -46,10 +50,23 @@ class LoRAExport:
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.rank,
-            target_modules=list(self.errors),
+            target_modules=self.target_modules,
             fan_in_fan_out=self.fan_in_fan_out,
             inference_mode=True,
         )
+
+
+def _target_modules(model: nn.Module, names: Collection[str]) -> list[str] | str:
+    """``target_modules`` for these modules of a model alone.
+
+    PEFT takes a name in a list for the end of a name too, so that "0" would also mean "blocks.0";
+    where the model has such a module, a regular expression says what is meant.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    others = {name for name, _ in inner.named_modules()} - set(names)
+    if any(other.endswith(f".{name}") for other in others for name in names):
+        return "|".join(re.escape(name) for name in names)
+    return list(names)
 
 
 @torch.no_grad()
@@ -82,7 +99,8 @@ def to_lora(
     for layer in layers:
         state_dict.update(_tensors(layer, *factors[layer.name], widest))
     kinds = {isinstance(layer.get_base_layer(), Conv1D) for layer in layers}
-    return LoRAExport(widest, state_dict, errors, kinds == {True})
+    targets = _target_modules(model, errors)
+    return LoRAExport(widest, state_dict, errors, targets, kinds == {True})
 
 
 def _factors(layer: SpectralLayer, adapter: str, rank: int | None) -> tuple[Tensor, Tensor, float]:
@@ -183,8 +201,9 @@ def merge_and_unload(
     for name, layer in names.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    if hasattr(model, "_hf_peft_config_loaded"):
-        setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010
+    plain: Any = model
+    if hasattr(plain, "peft_config"):
+        del plain.peft_config
+    if hasattr(plain, "_hf_peft_config_loaded"):
+        plain._hf_peft_config_loaded = False
     return model

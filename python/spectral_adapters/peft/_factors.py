@@ -127,7 +127,7 @@ class FrozenFactors(nn.Module):
     def _fingerprint(self, weight: Tensor, basis: SpectralBasis) -> Fingerprint:
         if not self.factorisation.of_weight:
             # Nothing of the weight but its shape, so that any of this shape will do.
-            weight = torch.zeros(weight.shape[:0], dtype=torch.float32)
+            weight = torch.zeros((), dtype=torch.float32)
         return Fingerprint.of(weight, basis)
 
     def on(self, device: torch.device) -> SpectralBasis:

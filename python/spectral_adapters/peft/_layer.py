@@ -46,11 +46,11 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     base, uint8 [161]) and ``<prefix>factors`` (:class:`FrozenFactors`, one object for all adapters
     that agree on it).
 
-    A method sets ``prefix`` and ``adapter_layer_names`` and defines ``_new_containers``,
-    ``_add_parameters``, ``_factorisation`` and ``_changes_nothing``. A change of low rank is given
-    by ``_low_rank``, any other one by ``_delta_matrix``, with ``_replace_base`` as its fast path,
-    if it has one. A kind of base layer sets ``_ORDINARY`` and defines ``_features``,
-    ``_as_matrix``, ``_as_weight``, ``_product`` and ``_low_rank_product``.
+    A method sets ``prefix`` and ``adapter_layer_names`` and defines ``_add_parameters`` and
+    ``_factorisation``, and ``_new_containers`` and ``_changes_nothing`` if the defaults do not fit.
+    A change of low rank is given by ``_low_rank``, any other one by ``_delta_matrix``, with
+    ``_replace_base`` as its fast path, if it has one. A kind of base layer sets ``_ORDINARY`` and
+    defines ``_features``, ``_as_matrix``, ``_as_weight``, ``_product`` and ``_low_rank_product``.
 
     Args:
         base_layer: the layer to adapt; it keeps its weight.
@@ -70,6 +70,9 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     #: that the base's weight is not needed at every step and may be quantised.
     is_low_rank: ClassVar[bool] = False
 
+    #: The configs by adapter name, of the method's own type.
+    configs: dict[str, Any]
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -83,7 +86,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = quantization
         self.name = name
         self.in_features, self.out_features = self._features()
-        self.configs: dict[str, SpectralConfig] = {}
+        self.configs = {}
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
         containers = {
@@ -105,7 +108,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def _new_containers(self) -> dict[str, Any]:
         """Empty containers for all that the method keeps per adapter, by attribute name."""
-        raise NotImplementedError
+        return {name: nn.ParameterDict() for name in self.adapter_layer_names}
 
     def _add_parameters(self, adapter: str, config: Any) -> None:
         """Fill the containers with the parameters of a new adapter."""
@@ -117,7 +120,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
         """Whether an adapter with these parameters is the identity on every base weight."""
-        raise NotImplementedError
+        return not any(bool(values.any()) for values in trained)
 
     def _low_rank(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """(down [q, in], up [out, q]) with ``W' - W0 = up @ down`` at scale 1."""
@@ -199,7 +202,14 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def _rank(self, adapter: str) -> int:
         """What ``r`` says of an adapter: the number of spectral columns that it works on."""
-        return min(self._base_matrix().shape)
+        return min(self._matrix_shape())
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        """Shape [out, in] of the base weight; costs nothing where that is quantised."""
+        if self.quantization_backend is not None:
+            return self.out_features, self.in_features
+        rows, columns = self._as_matrix(self._base_weight).shape
+        return rows, columns
 
     def _new_device(self) -> torch.device:
         """Where new tensors go: beside the base weight, or on the CPU while that has no data."""
@@ -236,9 +246,8 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """Give an adapter factors of the base weight in ``base_dtype``, shared where possible."""
         config = self.configs[adapter]
         factorisation = self._factorisation(config)
-        rows, columns = self._base_matrix().shape
         frozen = FrozenFactors(
-            (rows, columns),
+            self._matrix_shape(),
             factorisation,
             base_dtype if factorisation.of_weight else torch.float32,
             in_checkpoint=config.save_factors,
@@ -279,7 +288,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         if frozen.are_loaded:
             frozen.compare(weight, recorded)
         else:
-            reason = None if recorded is None else self._refusal(adapter, recorded)
+            reason = None if recorded is None else self._refusal(adapter, recorded, weight)
             if reason is not None:
                 if not self._changes_nothing(self._trained(adapter)):
                     raise ValueError(self._refused(adapter, reason))
@@ -289,9 +298,8 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
                 self._fingerprints[adapter] = here.to_tensor().to(weight.device)
         self._fingerprints.unverified.discard(adapter)
 
-    def _refusal(self, adapter: str, recorded: Fingerprint) -> str | None:
-        """Why an adapter with this fingerprint must not be used here; None if it may."""
-        weight = self._base_matrix()
+    def _refusal(self, adapter: str, recorded: Fingerprint, weight: Tensor) -> str | None:
+        """Why an adapter with this fingerprint must not be used on a weight; None if it may."""
         frozen = self._factors[adapter]
         if recorded.base_dtype != frozen.base_dtype:
             if not is_at_least(weight.dtype, recorded.base_dtype):
@@ -360,7 +368,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         frozen = self._factors[adapter]
         brings_factors = f"{prefix}{self.prefix}factors.{adapter}.left" in state_dict
         if (
-            self._base_matrix().is_meta
+            self._base_weight.is_meta
             or frozen.is_stale
             or (brings_factors and frozen.in_checkpoint)
         ):
@@ -370,7 +378,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         fingerprint = f"{prefix}{self.prefix}fingerprint.{adapter}"
         packed = state_dict[fingerprint]
         if not frozen.are_loaded:
-            reason = self._refusal(adapter, Fingerprint.from_tensor(packed))
+            reason = self._refusal(adapter, Fingerprint.from_tensor(packed), self._base_matrix())
         elif torch.equal(packed.cpu(), self._fingerprints[adapter].cpu()):
             reason = None
         else:

@@ -16,7 +16,10 @@ from peft.utils import (
     AuxiliaryTrainingWrapper,
 )
 from peft.utils.quantization_utils import (
+    Bnb4bitBackend,
+    Bnb8bitBackend,
     QuantizationBackend,
+    TorchaoBackend,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -153,10 +156,10 @@ class SpectralModel(BaseTuner):
                 "weight at every step; use a low-rank one (Spectral Adapter A or R, LiDB), or a "
                 "base that is not quantised"
             )
-        if not quantization.supports_merge:
+        if not isinstance(quantization, (Bnb8bitBackend, Bnb4bitBackend, TorchaoBackend)):
             raise ValueError(
-                f"{subject} quantised by {quantization.backend_name}: its weight cannot be "
-                "dequantised, so it has no known spectrum"
+                f"{subject} quantised by {quantization.backend_name}: it supports bitsandbytes (8 "
+                "and 4 bits) and torchao; change target_modules or exclude_modules"
             )
         return layer_cls
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +60,11 @@ class LiDBLayer(SpectralLayer):
     adapter_layer_names = ("lidb_a", "lidb_b")
     is_low_rank = True
 
-    configs: dict[str, LiDBConfig]  # type: ignore[assignment]
     lidb_a: nn.ParameterDict
     lidb_b: nn.ParameterDict
 
-    def _new_containers(self) -> dict[str, Any]:
-        return {name: nn.ParameterDict() for name in self.adapter_layer_names}
-
     def _add_parameters(self, adapter: str, config: LiDBConfig) -> None:
-        shapes = self._factorisation(config).shapes(*self._base_matrix().shape)
+        shapes = self._factorisation(config).shapes(*self._matrix_shape())
         left = torch.empty(shapes["left"][1], config.r, **self._new_options())
         nn.init.normal_(left, std=left.shape[0] ** -0.5)
         right = torch.zeros(config.r, shapes["right"][0], **self._new_options())

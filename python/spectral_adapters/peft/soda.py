@@ -141,7 +141,6 @@ class SODALayer(SpectralLayer):
     prefix = "soda_"
     adapter_layer_names = ("soda_delta", "soda_rotation")
 
-    configs: dict[str, SODAConfig]  # type: ignore[assignment]
     soda_delta: nn.ParameterDict
     soda_rotation: nn.ModuleDict
     factor_sizes: dict[str, Sizes]
@@ -156,7 +155,7 @@ class SODALayer(SpectralLayer):
     def _resolve_factors(self, config: SODAConfig) -> Sizes:
         if config.rotation is None:
             return ()
-        rows, columns = self._as_matrix(self._base_weight).shape
+        rows, columns = self._matrix_shape()
         dimension, meaning = (
             (min(rows, columns), "the rank, min(out, in)")
             if config.rotation == "left"
@@ -174,7 +173,7 @@ class SODALayer(SpectralLayer):
         self.factor_sizes[adapter] = self._resolve_factors(config)
         sizes = [n for n in self.factor_sizes[adapter] if n > 1]
         options = self._new_options()
-        delta = torch.zeros(min(self._as_matrix(self._base_weight).shape), **options)
+        delta = torch.zeros(min(self._matrix_shape()), **options)
         packed = [torch.zeros(n * (n - 1) // 2, **options) for n in sizes]
         if not config.init_weights:
             for values in (delta, *packed):

@@ -37,11 +37,8 @@ class SpectralAdapterALayer(ColumnLayer):
     spectral_adapter_a_left: nn.ParameterDict
     spectral_adapter_a_right: nn.ParameterDict
 
-    def _new_containers(self) -> dict[str, Any]:
-        return {name: nn.ParameterDict() for name in self.adapter_layer_names}
-
     def _add_parameters(self, adapter: str, config: ColumnConfig) -> None:
-        rows, columns = self._base_matrix().shape
+        rows, columns = self._matrix_shape()
         for name, size in zip(self.adapter_layer_names, (rows, columns), strict=True):
             shift = torch.zeros(size, len(self._columns(config)), **self._new_options())
             if not config.init_weights:

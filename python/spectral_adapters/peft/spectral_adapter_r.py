@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,6 @@ class SpectralAdapterRLayer(ColumnLayer):
 
     spectral_adapter_r_left: nn.ParameterDict
     spectral_adapter_r_right: nn.ParameterDict
-
-    def _new_containers(self) -> dict[str, Any]:
-        return {name: nn.ParameterDict() for name in self.adapter_layer_names}
 
     def _add_parameters(self, adapter: str, config: ColumnConfig) -> None:
         r = len(self._columns(config))

@@ -56,23 +56,16 @@ class SVDiffLayer(SpectralLayer):
     prefix = "svdiff_"
     adapter_layer_names = ("svdiff_delta",)
 
-    configs: dict[str, SVDiffConfig]  # type: ignore[assignment]
     svdiff_delta: nn.ParameterDict
 
-    def _new_containers(self) -> dict[str, Any]:
-        return {"svdiff_delta": nn.ParameterDict()}
-
     def _add_parameters(self, adapter: str, config: SVDiffConfig) -> None:
-        delta = torch.zeros(min(self._base_matrix().shape), **self._new_options())
+        delta = torch.zeros(min(self._matrix_shape()), **self._new_options())
         if not config.init_weights:
             nn.init.normal_(delta, std=RANDOM_STD)
         self.svdiff_delta[adapter] = nn.Parameter(delta)
 
     def _factorisation(self, config: SVDiffConfig) -> WholeFactorisation:
         return WholeFactorisation("svd")
-
-    def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
-        return not any(bool(values.any()) for values in trained)
 
     @torch.no_grad()
     def combine(self, terms: Sequence[tuple[float, str]], adapter: str) -> None:

@@ -21,7 +21,7 @@ from spectral_adapters.personalize import (
     report,
     similarity,
 )
-from spectral_adapters.personalize.settings import RECORD, Settings, UsageError
+from spectral_adapters.personalize.settings import RECORD, Settings, UsageError, usage_errors
 from spectral_adapters.personalize.trainer import (
     SUPPORTED,
     Outcome,
@@ -40,9 +40,6 @@ SAMPLES = "samples"
 #: steps, guidance and batch size: for the shipped base model, and as diffusers has them.
 EMOJI_SAMPLING = (20, 3.0, 50)
 FOLDER_SAMPLING = (50, 7.5, 4)
-
-#: Drawings of the base model kept in training, for a built-in style.
-EMOJI_PRIOR = 64
 
 FINISHED, DIVERGED, INTERRUPTED = 0, 1, 130
 
@@ -178,18 +175,6 @@ def load_pipeline(settings: Settings) -> Any:
     return pipe
 
 
-@contextlib.contextmanager
-def usage_errors(prefix: str = "") -> Iterator[None]:
-    """Turn errors of files, names and missing packages into one line for the user."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (ValueError, OSError, ImportError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(prefix + first[0]) from error
-
-
 def image_size(pipe: Any, resolution: int | None) -> tuple[int, int]:
     """Return height and width of the images to train on and to draw.
 
@@ -237,12 +222,11 @@ def prior_prompts(settings: Settings, training: data.Pictures) -> tuple[str, ...
     For a folder it is one caption; for a style, names in the base style, none of them held out.
     """
     if settings.style is None:
-        return (settings.prior_caption or "",) * (settings.prior_images or 0)
-    count = EMOJI_PRIOR if settings.prior_images is None else settings.prior_images
+        return (settings.prior_caption or "",) * settings.prior_count
     reserved = {item.name for split in ("dev", "test") for item in emoji.split(split)}
     reserved.update(training.names)
     names = [item.name for item in emoji.split("pretrain") if item.name not in reserved]
-    count = min(count, len(names))
+    count = min(settings.prior_count, len(names))
     chosen = [names[index * len(names) // count] for index in range(count)]
     return tuple(emoji.caption(name, settings.base_style) for name in chosen)
 

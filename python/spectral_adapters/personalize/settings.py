@@ -6,9 +6,11 @@ check that a resumed run continues the run that was interrupted. Nothing here im
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,27 @@ LEARNING_RATES = {
     "lora": 2e-3,
 }
 
+#: Images that the base model keeps of what it draws itself, with a built-in style.
+STYLE_PRIOR = 64
+
 #: Names that ``target_modules`` understands besides the endings of module names.
 TARGET_PRESETS = ("text", "attention", "transformer", "convolution", "all")
 
 
 class UsageError(ValueError):
     """The user asked for something that cannot be done; the message is one line that says what."""
+
+
+@contextlib.contextmanager
+def usage_errors(prefix: str = "") -> Iterator[None]:
+    """Turn errors of files, names and missing packages into one line for the user."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(prefix + first[0]) from error
 
 
 def _option(
@@ -109,7 +126,9 @@ class Settings:
     prior_caption: str | None = _option(
         None, 'what --prior-images show with --images, like "a photo of a dog"', group="data"
     )
-    prior_weight: float = _option(1.0, "weight of the prior images' loss", group="data")
+    prior_weight: float | None = _option(
+        None, "weight of the prior images' loss (default: 1)", group="data"
+    )
 
     method: str = _option("soda", "kind of adapter", group="method", choices=METHODS)
     target_modules: tuple[str, ...] = _option(
@@ -292,11 +311,20 @@ class Settings:
                 raise UsageError(f"{flag(name)} must be above 0; got {rate}")
         if self.images is not None and bool(self.prior_images) != bool(self.prior_caption):
             raise UsageError("with --images, --prior-images and --prior-caption need each other")
+        if self.prior_weight is not None and not self.prior_count:
+            raise UsageError("--prior-weight needs --prior-images")
         if not 0 <= self.caption_dropout <= 1:
             raise UsageError(f"--caption-dropout must be in [0, 1]; got {self.caption_dropout}")
         self._check_at_least("eval_count", 2)
         self._check_at_least("sheet_rows", 1)
         return self
+
+    @property
+    def prior_count(self) -> int:
+        """How many images of its own the base model keeps."""
+        if self.prior_images is not None:
+            return self.prior_images
+        return 0 if self.style is None else STYLE_PRIOR
 
     def _check_at_least(self, name: str, least: float) -> None:
         value = getattr(self, name)

@@ -431,7 +431,10 @@ class Trainer:
         errors = (output.float() - target.float()).square().flatten(1).mean(1)
         size = settings.batch_size
         loss = errors[:size].mean()
-        return loss if self.prior is None else loss + settings.prior_weight * errors[size:].mean()
+        if self.prior is None:
+            return loss
+        weight = 1.0 if settings.prior_weight is None else settings.prior_weight
+        return loss + weight * errors[size:].mean()
 
     def _examples(
         self, data: Conditions, purpose: str, step: int, micro: int

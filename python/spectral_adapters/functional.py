@@ -489,7 +489,7 @@ def low_rank_spectral_linear(
     rotations: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``x W'^T + bias`` for Spectral Adapter A (shifts) or R (rotations), at the cost of a LoRA.
+    """``x W'^T + bias`` for Spectral Adapter A (shifts) or R (rotations), as a LoRA computes it.
 
     ``W' = W0 + up @ down`` is never built; see :func:`low_rank_factors` for the formulas.
 

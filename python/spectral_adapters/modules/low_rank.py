@@ -152,7 +152,7 @@ class SpectralAdapterALinear(SpectralAdapterLinear):
 
     Spectral Adapter A (Zhang and Pilanci, NeurIPS 2024). Trained are ``shift_left`` A_U [out, r]
     and ``shift_right`` A_V [in, r], zero at the start; as many numbers as a LoRA of rank r, and a
-    change of rank 2r. A step costs what a LoRA's does.
+    change of rank 2r. Nothing of the size of W is built in a step.
 
     Args (also of :meth:`from_linear`):
         r: number of columns; None is 8, or the number of indices in ``columns``.

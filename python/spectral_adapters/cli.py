@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,17 +136,18 @@ def run_export(options: dict[str, Any]) -> int:
     _quieten_libraries()
     from spectral_adapters import diffusers as adapters
     from spectral_adapters.peft import export_lora as export_component
-    from spectral_adapters.personalize.pipelines import load_pipeline
+    from spectral_adapters.personalize.pipelines import open_base
 
     output, rank = Path(options["output"]), options["rank"]
     if options["format"] == "merged" and rank is not None:
         raise UsageError("--rank is for LoRAs; a merged pipeline is exact")
-    with usage_errors():
-        pipe = load_pipeline(options["base"])
+    pipe, adapter = open_base(options["base"]), options["adapter"]
+    with usage_errors(f"--adapter {adapter} cannot be loaded: "):
         try:
-            adapters.load_adapter(pipe, options["adapter"])
+            adapters.load_adapter(pipe, adapter)
         except RuntimeError as error:  # trained on other base weights
-            raise UsageError(" ".join(str(error).split())) from error
+            raise ValueError(" ".join(str(error).split())) from error
+    with usage_errors():
         if options["format"] == "merged":
             adapters.export_merged(pipe, output)
             errors: dict[str, Any] = {}
@@ -173,6 +175,9 @@ def run_export(options: dict[str, Any]) -> int:
 
 def _quieten_libraries() -> None:
     """Leave the terminal to our own progress and errors."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        # PEFT imports the first two where they are installed; they tell what they cannot use.
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging
     import transformers.utils.logging
 

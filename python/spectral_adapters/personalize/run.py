@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -156,18 +155,11 @@ def load_pipeline(settings: Settings) -> Any:
     import torch
 
     base = str(settings.base)
-    folder = Path(base)
-    if folder.is_dir():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise UsageError(f"--base {base} is not a pipeline folder: it has no model_index.json")
-        if '"unet"' not in index.read_text(encoding="utf-8"):
-            raise UsageError(f"--base {base} has no unet: {SUPPORTED}")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        raise UsageError(f"--base {base} does not exist")
+    index = Path(base) / "model_index.json"
+    if index.is_file() and '"unet"' not in index.read_text(encoding="utf-8"):
+        raise UsageError(f"--base {base} has no unet: {SUPPORTED}")
     dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.mixed_precision]
-    with usage_errors(f"--base {base} cannot be loaded: "):
-        pipe: Any = pipelines.load_pipeline(base, torch_dtype=dtype)
+    pipe = pipelines.open_base(base, torch_dtype=dtype)
     check_pipeline(pipe)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):

@@ -34,6 +34,7 @@ from spectral_adapters.peft import (  # noqa: E402
     SVDiffConfig,
     export_lora,
     merge_and_unload,
+    rename_adapter,
     to_lora,
 )
 
@@ -351,6 +352,38 @@ def test_several_adapters(method):
     assert all("second" not in layer.configs for layer in layers(model))
     assert not any("second" in name for name, _ in model.named_parameters())
     assert not any("second" in key for key in model.state_dict())
+
+
+@every_method
+def test_rename(method, tmp_path):
+    """``rename_adapter``: the same model, the same optimizer, under another name."""
+    model = trained(method, modules_to_save=["4"])
+    model.add_adapter("other", method(init_weights=False))
+    x, names = inputs(mlp()), list(model.state_dict())
+    y, optimizer = model(x), torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    (model(x) - 1).square().mean().backward()
+    rename_adapter(model, "default", "first")
+    assert model.active_adapters == ["first"] and list(model.peft_config) == ["first", "other"]
+    assert torch.equal(model(x), y)
+    renamed = [name.replace(".default", ".first") for name in names]
+    assert sorted(model.state_dict()) == sorted(renamed)
+    optimizer.step()
+    changed = model(x)
+    assert not torch.equal(changed, y)
+    model.set_adapter("other")
+    model.set_adapter("first")
+    assert torch.equal(model(x), changed)
+    model.save_pretrained(tmp_path, selected_adapters=["first"])
+    loaded = PeftModel.from_pretrained(mlp(), tmp_path / "first")
+    assert relative_error(loaded(x), changed) <= TOLERANCE[torch.float32]
+    model.delete_adapter("first")
+    rename_adapter(model, "other", "default")
+    with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\]"):
+        rename_adapter(model, "first", "second")
+    with pytest.raises(ValueError, match="the model has 'default'"):
+        rename_adapter(model, "default", "default")
+    with pytest.raises(ValueError, match=r"new must be a non-empty str without a dot; got 'a.b'"):
+        rename_adapter(model, "default", "a.b")
 
 
 @every_kind
@@ -803,6 +836,8 @@ def test_the_export_list_is_frozen():
         "load_adapter",
         "merge_and_unload",
         "refresh_factors",
+        "rename_adapter",
+        "restore_adapter",
         "save_adapter",
         "to_lora",
     ]

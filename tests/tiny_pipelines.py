@@ -27,7 +27,7 @@ def text_config(tokenizer, projection):
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=77,
         projection_dim=projection,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -105,4 +105,71 @@ def tiny_xl_pipeline(folder):
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         scheduler=EulerDiscreteScheduler(),
+    )
+
+
+def tiny_sd3_pipeline(folder):
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from tokenizers import Tokenizer, models
+    from transformers import (
+        CLIPTextModelWithProjection,
+        T5Config,
+        T5EncoderModel,
+        T5TokenizerFast,
+    )
+
+    torch.manual_seed(1)
+    tokenizer = clip_tokenizer(folder)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
+    pieces += [(piece, -1.0) for letter in letters for piece in (letter, "\u2581" + letter)]
+    t5_tokenizer = T5TokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=2)), extra_ids=0
+    )
+    # Loading adds to it what no argument does.
+    t5_tokenizer.save_pretrained(folder / "t5")
+    t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "t5")
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+    )
+    t5 = T5Config(
+        vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=24,
+            out_channels=4,
+            pos_embed_max_size=8,
+        ),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(text_config(tokenizer, 12)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, 12)),
+        text_encoder_3=T5EncoderModel(t5).eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=t5_tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )

@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from spectral_adapters._validation import check_choice
-from spectral_adapters.peft import LoRAExport, merge_and_unload, to_lora
+from spectral_adapters.peft import LoRAExport, merge_and_unload, restore_adapter, to_lora
 from spectral_adapters.peft import load_adapter as load_component
 from spectral_adapters.peft import save_adapter as save_component
 
@@ -27,6 +28,7 @@ __all__ = [
     "export_lora",
     "export_merged",
     "load_adapter",
+    "register_checkpoint_hooks",
     "save_adapter",
 ]
 
@@ -42,7 +44,8 @@ def save_adapter(pipe: Any, folder: str | Path, adapter_name: str = "default") -
     Each file appears whole or not at all: it is written beside its place and then moved there.
 
     Args:
-        pipe: a diffusers pipeline, or anything with ``components``, a dict from names to modules.
+        pipe: a diffusers pipeline, or a dict from names of components to modules, such as
+            ``{"unet": unet}``.
         folder: gets one sub-folder per adapted component; made if it is not there.
         adapter_name: the adapter to save.
 
@@ -70,7 +73,8 @@ def load_adapter(
     """Add what :func:`save_adapter` wrote to the components of ``pipe``, in place, and activate it.
 
     Args:
-        pipe: a diffusers pipeline with the same base weights.
+        pipe: a diffusers pipeline with the same base weights, or a dict as for
+            :func:`save_adapter`.
         folder: from :func:`save_adapter`.
         adapter_name: the name the adapter gets here.
         is_trainable: whether its parameters require a gradient.
@@ -87,7 +91,7 @@ def load_adapter(
             f"folder must hold an adapter, COMPONENT/{ADAPTER_CONFIG}; {folder} holds none"
         )
     for place in places:
-        module = pipe.components.get(place.name)
+        module = _components(pipe).get(place.name)
         if not isinstance(module, nn.Module):
             raise ValueError(
                 f"folder must hold adapters of the pipeline's components; {folder} has one for "
@@ -96,11 +100,64 @@ def load_adapter(
         load_component(module, place, adapter_name, is_trainable=is_trainable)
 
 
+def register_checkpoint_hooks(
+    accelerator: Any, components: Mapping[str, nn.Module], adapter_name: str = "default"
+) -> None:
+    """Let ``accelerator.save_state`` and ``load_state`` keep one adapter instead of whole models.
+
+    One line in place of the two hooks of diffusers' example scripts. A checkpoint then holds
+    ``unet/adapter_model.safetensors`` and so on, beside what accelerate keeps of the optimizer.
+
+    Args:
+        accelerator: an ``accelerate.Accelerator``.
+        components: models by the name of their component, as ``{"unet": unet, "text_encoder":
+            text_encoder}``; those without the adapter are left alone.
+        adapter_name: the adapter in training.
+
+    Raises:
+        ValueError: no component has the adapter; or, when a state is saved or loaded, the
+            accelerator prepared a model that is not among the adapted components.
+    """
+    modules = _require_adapter(
+        {name: accelerator.unwrap_model(module) for name, module in components.items()},
+        adapter_name,
+    )
+
+    def check(models: list[nn.Module]) -> None:
+        for model in models:
+            plain = accelerator.unwrap_model(model)
+            if not any(plain is module for module in modules.values()):
+                raise ValueError(
+                    f"components must hold every prepared model, with adapter {adapter_name!r}; "
+                    f"got {sorted(modules)} and a prepared {type(plain).__name__}"
+                )
+
+    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        check(models)
+        if accelerator.is_main_process:
+            save_adapter(modules, folder, adapter_name)
+        # What is left in these lists accelerate would save and load itself, whole.
+        weights.clear()
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        check(models)
+        for name, module in modules.items():
+            restore_adapter(module, Path(folder) / name, adapter_name)
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _components(pipe: Any) -> Mapping[str, Any]:
+    return pipe if isinstance(pipe, Mapping) else pipe.components
+
+
 def adapted_components(pipe: Any, adapter_name: str = "default") -> dict[str, nn.Module]:
     """Return the components of ``pipe`` that have the adapter, by name."""
     return {
         name: module
-        for name, module in pipe.components.items()
+        for name, module in _components(pipe).items()
         if isinstance(module, nn.Module) and adapter_name in getattr(module, "peft_config", {})
     }
 
@@ -175,6 +232,6 @@ def _require_adapter(pipe: Any, adapter_name: str) -> dict[str, nn.Module]:
     found = adapted_components(pipe, adapter_name)
     if not found:
         raise ValueError(
-            f"adapter_name must be an adapter of the pipeline; no component has {adapter_name!r}"
+            f"adapter_name must be an adapter of a component; no component has {adapter_name!r}"
         )
     return found

@@ -7,8 +7,9 @@ The import is needed before loading an adapter as well.
 """
 
 from spectral_adapters.peft._export import LoRAExport, export_lora, merge_and_unload, to_lora
-from spectral_adapters.peft._folder import load_adapter, save_adapter
+from spectral_adapters.peft._folder import load_adapter, restore_adapter, save_adapter
 from spectral_adapters.peft._model import refresh_factors
+from spectral_adapters.peft._rename import rename_adapter
 from spectral_adapters.peft.lidb import LiDBConfig
 from spectral_adapters.peft.soda import SODAConfig
 from spectral_adapters.peft.spectral_adapter_a import SpectralAdapterAConfig
@@ -26,6 +27,8 @@ __all__ = [
     "load_adapter",
     "merge_and_unload",
     "refresh_factors",
+    "rename_adapter",
+    "restore_adapter",
     "save_adapter",
     "to_lora",
 ]

@@ -106,6 +106,24 @@ def load_adapter(
     set_requires_grad(model, adapter_name, is_trainable)
 
 
+def restore_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
+    """Give an adapter that ``model`` has the weights of a saved one, as resuming a run does.
+
+    Args:
+        model: a model with an adapter of the same config.
+        directory: a folder from :func:`save_adapter` or ``PeftModel.save_pretrained``.
+        adapter_name: the adapter to overwrite.
+
+    Raises:
+        ValueError: the model has no such adapter, or the checkpoint does not fit.
+        RuntimeError: the saved adapter was trained on another base weight.
+    """
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    check_adapter_name(model, adapter_name, configs)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[configs[adapter_name].peft_type]
+    _fill(model, Path(directory), adapter_name, prefix)
+
+
 def _fill(model: nn.Module, folder: Path, adapter_name: str, prefix: str) -> None:
     """Load the weights of an adapter that the model has, all of them and nothing else."""
     weights = load_file(folder / WEIGHTS)

@@ -174,12 +174,18 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """Add an adapter.
 
         Raises:
-            ValueError: adapters are merged, or the config does not fit this layer.
+            ValueError: adapters are merged, the base weight is sharded, or the config does not fit
+                this layer.
         """
         if self.merged:
             raise ValueError(
                 f"{self.name}: an adapter cannot be added while {self.merged_adapters} are merged; "
                 "unmerge them first"
+            )
+        if is_sharded(self._base_weight):
+            raise ValueError(
+                f"{self.name}: an adapter cannot be added to a sharded weight; inject all adapters "
+                "first and shard afterwards"
             )
         matrix = self._base_matrix()
         self._add_parameters(adapter_name, config)
@@ -222,12 +228,13 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         return {"dtype": torch.float64 if double else torch.float32, "device": self._new_device()}
 
     def _base_matrix(self) -> Tensor:
-        """The base weight [out, in] without any adapter."""
+        """The base weight [out, in] without any adapter; gathered if it is sharded."""
         if self.quantization_backend is not None:
             return self._dequantized().detach()
         if self._unmerged_weight is not None:
             return self._as_matrix(self._unmerged_weight)
-        return self._as_matrix(self._base_weight.detach())
+        weight: Any = self._base_weight.detach()
+        return self._as_matrix(weight.full_tensor() if is_sharded(weight) else weight)
 
     def _dequantized(self) -> Tensor:
         """The weight of a quantised base layer as it was before merging, dense [out, in]."""
@@ -472,13 +479,19 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             adapter_names: the adapters to merge, by default the active ones.
 
         Raises:
-            ValueError: with ``safe_merge``, the merged weight would not be finite.
+            ValueError: the base weight is sharded, or the merged weight would not be finite (with
+                ``safe_merge``).
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.configs]
         if not names:
             return
         weight = self._base_weight
+        if is_sharded(weight):
+            raise ValueError(
+                f"{self.name}: adapters cannot be merged into a sharded weight; save the adapter, "
+                "load it on an unsharded base and merge there"
+            )
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ValueError(
@@ -621,6 +634,11 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return self.prefix.removesuffix("_") + "." + super().__repr__()
+
+
+def is_sharded(weight: Tensor | None) -> bool:
+    """Whether a weight is spread over processes, as FSDP2 does: a DTensor."""
+    return hasattr(weight, "full_tensor")
 
 
 def _quantized_state(base: Any) -> tuple[Any, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
-from spectral_adapters.peft._layer import SpectralLayer
+from spectral_adapters.peft._layer import SpectralLayer, is_sharded
 
 
 class SpectralModel(BaseTuner):
@@ -127,6 +127,11 @@ class SpectralModel(BaseTuner):
                 "exclude_modules"
             )
         weight = base._parameters.get("weight")
+        if is_sharded(weight):
+            raise ValueError(
+                f"{subject}: its weight is sharded, and parameters that are added now would not be "
+                "synchronised; inject the adapter first and shard afterwards"
+            )
         if (
             type(weight) is not nn.Parameter
             or weight.dtype not in BASE_DTYPES.values()

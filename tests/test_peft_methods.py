@@ -526,6 +526,27 @@ def test_compile(method, build):
 
 
 @every_method
+def test_autocast_adapter_dtype(method):
+    """``autocast_adapter_dtype``: fp32 on a bf16 base, unless False asks for the base's own."""
+    x = inputs(mlp(), torch.bfloat16)
+    for choice, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        model = get_peft_model(mlp().bfloat16(), method(), autocast_adapter_dtype=choice)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in trained} == {dtype}
+        steps(model, x)
+        assert model(x).dtype == torch.bfloat16
+        assert {p.dtype for p in trained} == {dtype}
+
+
+@every_method
+def test_unknown_options_are_refused(method):
+    """Options of other methods are refused, not ignored."""
+    for option in ("bias", "lora_alpha", "lora_dropout", "use_dora", "target_parameters"):
+        with pytest.raises(TypeError, match=option):
+            method(**{option: 1})
+
+
+@every_method
 def test_autocast(method):
     """Under autocast the output has its dtype, the trained numbers and gradients stay fp32."""
     model = trained(method)

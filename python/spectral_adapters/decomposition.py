@@ -367,10 +367,11 @@ def round_to_dtype(weight: Tensor, base_dtype: torch.dtype | None) -> Tensor:
 
 def _hash_values(weight: Tensor) -> str:
     """SHA-256 of shape and values; equal for a half-precision tensor and its fp32 copy."""
-    exact = weight if weight.dtype == torch.float64 else weight.float()
-    wide = exact.detach().cpu().contiguous()
-    digest = hashlib.sha256(repr(tuple(wide.shape)).encode())
-    digest.update(wide.numpy().tobytes())
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    # A copy: a storage that numpy has seen cannot be resized, which FSDP2 does to gathered weights.
+    copied = weight.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+    digest = hashlib.sha256(repr(tuple(copied.shape)).encode())
+    digest.update(copied.view(-1).numpy().data)
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -405,6 +406,43 @@ def test_mixed_batches(method, build):
         torch.testing.assert_close(mixed[row], expected[name][row])
 
 
+def tiny_decoder():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 50}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+
+
+def tiny_encoder_decoder():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, vocab_size=50, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("build", [tiny_decoder, tiny_encoder_decoder])
+def test_mixed_batches_in_beam_search(build):
+    """``generate(adapter_names=..., num_beams=...)``: all beams of a row go through its adapter."""
+    config = partial(METHODS["LiDB"], target_modules="all-linear", init_weights=False, r=8)
+    model = get_peft_model(build(), config(task_type="CAUSAL_LM"), adapter_name="one")
+    model.add_adapter("two", config(task_type="CAUSAL_LM"))
+    model.eval()
+    for layer in layers(model):
+        layer.set_scale("one", 20.0)
+        layer.set_scale("two", 20.0)
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    x = torch.tensor([[3, 4, 5]]).expand(4, -1)
+    names = ["one", "__base__", "two", "one"]
+    mixed = model.generate(input_ids=x, adapter_names=names, **options)
+    with model.disable_adapter():
+        expected = {"__base__": model.generate(input_ids=x[:1], **options)}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        expected[name] = model.generate(input_ids=x[:1], **options)
+    assert not torch.equal(expected["one"], expected["two"])
+    for row, name in enumerate(names):
+        assert torch.equal(mixed[row], expected[name][0])
+
+
 @every_method
 def test_scale(method):
     """``set_scale``, ``scale_layer``, ``unscale_layer``: W0 + scale dW."""
@@ -446,6 +484,26 @@ def test_weighted_adapters(method):
         add(["one"], [], "other")
     with pytest.raises(ValueError, match="must be new"):
         add(["one"], [1.0], "two")
+
+
+@pytest.mark.parametrize("name", ["SVDiff", "LiDB"])
+def test_weighted_adapters_of_different_modules(name):
+    """The sum reaches the layers of every adapter, and keeps the modules that one of them saves."""
+    options = {"spectrum_activation": "identity"} if name == "SVDiff" else {}
+    config = partial(METHODS[name], init_weights=False, **options)
+    torch.manual_seed(3)
+    model = get_peft_model(mlp(), config(target_modules=["0"]), adapter_name="one")
+    model.add_adapter("two", config(target_modules="2", modules_to_save=["4"]))
+    model.add_adapter("three", config(modules_to_save=["4"]))
+    last = model.base_model.model[4].modules_to_save
+    last["two"].weight.data += 1
+    model.base_model.add_weighted_adapter(["one", "two"], [0.5, 0.25], "sum")
+    for layer, term in zip(layers(model), [(0.5, "one"), (0.25, "two")], strict=True):
+        expected = term[0] * layer.get_delta_weight(term[1])
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected)
+    assert torch.equal(last["sum"].weight, last["two"].weight)
+    with pytest.raises(ValueError, match=r"4 is one of \['two', 'three'\]"):
+        model.base_model.add_weighted_adapter(["two", "three"], [1.0, 1.0], "other")
 
 
 @every_method
@@ -826,6 +884,12 @@ def test_rank_pattern_and_columns():
             ValueError,
             "rank_pattern must be None when columns holds indices",
         ),
+        (
+            LiDBConfig,
+            {"rank_pattern": {"0": 0}},
+            ValueError,
+            r"rank_pattern\['0'\] must be an int of at least 1; got 0",
+        ),
         (LiDBConfig, {"a": 0}, ValueError, "a must be an int of at least 1; got 0"),
         (LiDBConfig, {"seed": -1}, ValueError, "seed must be an int of at least 0; got -1"),
         (SVDiffConfig, {"plan": "best"}, ValueError, "plan must be one of"),
@@ -836,6 +900,28 @@ def test_bad_configs_are_refused_by_argument(config, options, error, message):
     """Bad options are refused by argument."""
     with pytest.raises(error, match=message):
         config(target_modules=["0"], **options)
+
+
+def test_lidb_on_another_shape(tmp_path):
+    """LiDB's trained numbers have the same shapes on every layer; the layer's own counts."""
+    config = partial(METHODS["LiDB"], target_modules=["0"], init_weights=False)
+    get_peft_model(nn.Sequential(nn.Linear(12, 20)), config()).save_pretrained(tmp_path)
+    other = get_peft_model(nn.Sequential(nn.Linear(10, 16)), config())
+    with pytest.raises(RuntimeError, match=r"trained on a weight of another shape than \(16, 10\)"):
+        other.load_adapter(tmp_path, "default")
+
+
+def test_rank_pattern_of_lidb():
+    """Ranks of LiDB by layer."""
+    config = partial(LiDBConfig, target_modules=["0", "2"], r=3, rank_pattern={"2": 5})
+    model = get_peft_model(mlp(), config())
+    assert [layer.r["default"] for layer in layers(model)] == [3, 5]
+    assert [layer.lidb_a["default"].shape[1] for layer in layers(model)] == [3, 5]
+    model.add_adapter("other", config())
+    with pytest.raises(ValueError, match="adapters must have rank_pattern=None"):
+        model.base_model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    with pytest.warns(RuntimeWarning, match="rank_pattern has the key 'nowhere'"):
+        get_peft_model(mlp(), LiDBConfig(target_modules=["0"], rank_pattern={"nowhere": 2}))
 
 
 def test_one_column_cannot_be_rotated():

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
 
 from spectral_adapters._validation import check_choice
 from spectral_adapters.decomposition import (
@@ -17,7 +14,7 @@ from spectral_adapters.decomposition import (
 )
 from spectral_adapters.peft._config import SpectralConfig
 from spectral_adapters.peft._layer import SpectralLayer
-from spectral_adapters.peft._model import SpectralModel, matches, warn_of_unused_patterns
+from spectral_adapters.peft._model import check_rank_pattern, pattern_value
 
 
 @dataclass
@@ -47,27 +44,18 @@ class ColumnConfig(SpectralConfig):
         check_choice("algorithm", self.algorithm, ALGORITHMS)
         if not isinstance(self.columns, str) and isinstance(self.columns, Iterable):
             self.columns = list(self.columns)
-        if self.rank_pattern is not None:
-            if not isinstance(self.rank_pattern, Mapping):
-                raise TypeError(
-                    "rank_pattern must be a dict from module names to ints; "
-                    f"got {self.rank_pattern!r}"
-                )
-            if not isinstance(self.columns, str):
-                raise ValueError(
-                    "rank_pattern must be None when columns holds indices; "
-                    f"got {self.rank_pattern!r}"
-                )
+        check_rank_pattern(self.rank_pattern)
+        if self.rank_pattern is not None and not isinstance(self.columns, str):
+            raise ValueError(
+                f"rank_pattern must be None when columns holds indices; got {self.rank_pattern!r}"
+            )
         for r in (self.r, *(self.rank_pattern or {}).values()):
             # All but the weight's own rank can be checked here.
             select_columns(self.columns, r, sys.maxsize, self.offset)
 
     def r_for(self, name: str) -> int | None:
         """The number of columns for the module ``name``."""
-        for pattern, r in (self.rank_pattern or {}).items():
-            if matches(pattern, name):
-                return r
-        return self.r
+        return pattern_value(self.rank_pattern, name, self.r)
 
 
 class ColumnLayer(SpectralLayer):
@@ -87,15 +75,3 @@ class ColumnLayer(SpectralLayer):
 
     def _rank(self, adapter: str) -> int:
         return len(self._columns(self.configs[adapter]))
-
-
-class ColumnModel(SpectralModel):
-    """Warns of entries of ``rank_pattern`` that match no module."""
-
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Add an adapter."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config: Any = self.peft_config[adapter_name]
-        warn_of_unused_patterns("rank_pattern", config.rank_pattern, model, adapter_name)

@@ -316,7 +316,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
                     f"{there}, or save the adapter with save_factors=True"
                 )
             frozen = self._assign_factors(adapter, recorded.base_dtype)
-        return recorded.mismatch(frozen.compute(weight))
+        reason = recorded.mismatch(frozen.compute(weight))
+        if reason is not None and not frozen.factorisation.of_weight:
+            return f"it was trained on a weight of another shape than {frozen.shape}"
+        return reason
 
     def _refused(self, adapter: str, reason: str) -> str:
         return f"{self.name}: the adapter {adapter!r} is refused, {reason}"

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
 )
 from peft.utils.quantization_utils import (
     Bnb4bitBackend,
@@ -42,6 +43,8 @@ class SpectralModel(BaseTuner):
     linear_cls: ClassVar[type[SpectralLayer] | None] = None
     conv_cls: ClassVar[type[SpectralLayer] | None] = None
     embedding_cls: ClassVar[type[SpectralLayer] | None] = None
+    #: Options of the config that map patterns of module names to values for single modules.
+    pattern_options: ClassVar[tuple[str, ...]] = ()
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -55,9 +58,14 @@ class SpectralModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Add an adapter to the matching modules and record the precision of their weights."""
+        """Add an adapter to the matching modules and record the precision of their weights.
+
+        Warns of patterns in the config that match none of them.
+        """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
+        for option in self.pattern_options:
+            warn_of_unused_patterns(option, getattr(config, option), model, adapter_name)
         dtypes = {
             layer._base_weight.dtype
             for layer in adapted_layers(model, adapter_name)
@@ -201,7 +209,8 @@ class SpectralModel(BaseTuner):
         """Add an adapter whose change of the weights is the weighted sum of the others' changes.
 
         Only where the sum is an adapter of the same method again: SVDiff with
-        ``spectrum_activation="identity"``, and LiDB with equal seeds and subspaces.
+        ``spectrum_activation="identity"``, and LiDB with equal seeds and subspaces. Modules in
+        ``modules_to_save`` have no sum: each is copied from the one adapter that has it.
 
         Raises:
             ValueError: the sum is no adapter of this method, or an argument does not fit.
@@ -216,9 +225,20 @@ class SpectralModel(BaseTuner):
             )
         if adapter_name in configs:
             raise ValueError(f"adapter_name must be new; the model already has {adapter_name!r}")
+        saved = self._saved_modules(adapters)
         combined = self._combined_config([configs[name] for name in adapters])
+        names = {name for other in adapters for name in configs[other].modules_to_save or ()}
+        combined.modules_to_save = sorted(names) or None
+        changed = {layer for name in adapters for layer in adapted_layers(self.model, name)}
+        if changed != set(adapted_layers(self.model, adapters[0])):
+            # No rule of one of the adapters selects the layers of all.
+            combined.target_modules = "|".join(sorted(re.escape(layer.name) for layer in changed))
+            combined.exclude_modules = combined.layers_to_transform = combined.layers_pattern = None
         configs[adapter_name] = combined
         self.inject_adapter(self.model, adapter_name)
+        for wrapper, owner in saved:
+            copies = wrapper.modules_to_save
+            copies[adapter_name].load_state_dict(copies[owner].state_dict())
         for layer in adapted_layers(self.model, adapter_name):
             terms = [
                 (weight, name)
@@ -226,6 +246,19 @@ class SpectralModel(BaseTuner):
                 if name in layer.configs
             ]
             layer.combine(terms, adapter_name)
+
+    def _saved_modules(self, adapters: Sequence[str]) -> list[tuple[ModulesToSaveWrapper, str]]:
+        """The modules that adapters save, and whose they are; ``ValueError`` if of several."""
+        saved = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                owners = [other for other in adapters if other in module.modules_to_save]
+                if len(owners) > 1:
+                    raise ValueError(
+                        f"adapters must have different modules_to_save; {name} is one of {owners}"
+                    )
+                saved += [(module, owner) for owner in owners]
+        return saved
 
     def _combined_config(self, configs: Sequence[Any]) -> Any:
         """The config of a weighted sum; ``ValueError`` if it is no adapter of this method."""
@@ -248,14 +281,19 @@ class SpectralModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names must be None in training mode; call eval() first")
-        if (kwargs.get("num_beams") or 1) > 1:
-            raise ValueError("adapter_names must be None for beam search; got num_beams > 1")
         known = {name for layer in spectral_layers(self.model) for name in layer.configs}
         unknown = sorted(set(names) - known - {"__base__"})
         if unknown:
             raise ValueError(f"adapter_names must name adapters of this model; got {unknown}")
+        # Beam search repeats every row, but not what the encoder of an encoder-decoder model reads.
+        repeated = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else self.model
+        encoding = set() if encoder is self.model else set(encoder.modules())
         handles = [
-            module.register_forward_pre_hook(partial(_add_names, names=names), with_kwargs=True)
+            module.register_forward_pre_hook(
+                partial(_add_names, names=names if module in encoding else repeated),
+                with_kwargs=True,
+            )
             for module in self.model.modules()
             if isinstance(module, (SpectralLayer, AuxiliaryTrainingWrapper))
         ]
@@ -285,6 +323,25 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> list[SpectralLayer]:
 def matches(pattern: str, name: str) -> bool:
     """Whether a module's name matches a pattern, by the rule of PEFT's ``rank_pattern``."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def check_rank_pattern(value: Any) -> None:
+    """Raise unless ``value`` is None or maps patterns of names to ranks."""
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise TypeError(f"rank_pattern must be a dict from module names to ints; got {value!r}")
+    for pattern, r in value.items():
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"rank_pattern[{pattern!r}] must be an int of at least 1; got {r!r}")
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the module ``name``, else the default."""
+    for pattern, value in (patterns or {}).items():
+        if matches(pattern, name):
+            return value
+    return default
 
 
 def warn_of_unused_patterns(

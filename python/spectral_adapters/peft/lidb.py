@@ -17,7 +17,7 @@ from spectral_adapters.peft._layer import (
     SpectralLayer,
     SpectralLinear,
 )
-from spectral_adapters.peft._model import SpectralModel
+from spectral_adapters.peft._model import SpectralModel, check_rank_pattern, pattern_value
 from spectral_adapters.peft._registration import register
 
 
@@ -34,6 +34,7 @@ class LiDBConfig(SpectralConfig):
         a, b: dimensions of the frozen subspaces of the outputs and inputs; at most out and in are
             used.
         seed: of the frozen matrices.
+        rank_pattern: r for single modules, by name or regular expression, as in ``LoraConfig``.
 
     Further arguments: :class:`SpectralConfig`.
     """
@@ -44,6 +45,7 @@ class LiDBConfig(SpectralConfig):
     a: int = field(default=50)
     b: int = field(default=100)
     seed: int = field(default=0)
+    rank_pattern: dict[str, int] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +53,11 @@ class LiDBConfig(SpectralConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+        check_rank_pattern(self.rank_pattern)
+
+    def r_for(self, name: str) -> int:
+        """The rank for the module ``name``."""
+        return pattern_value(self.rank_pattern, name, self.r)
 
 
 class LiDBLayer(SpectralLayer):
@@ -65,9 +72,10 @@ class LiDBLayer(SpectralLayer):
 
     def _add_parameters(self, adapter: str, config: LiDBConfig) -> None:
         shapes = self._factorisation(config).shapes(*self._matrix_shape())
-        left = torch.empty(shapes["left"][1], config.r, **self._new_options())
+        r = config.r_for(self.name)
+        left = torch.empty(shapes["left"][1], r, **self._new_options())
         nn.init.normal_(left, std=left.shape[0] ** -0.5)
-        right = torch.zeros(config.r, shapes["right"][0], **self._new_options())
+        right = torch.zeros(r, shapes["right"][0], **self._new_options())
         if not config.init_weights:
             nn.init.normal_(right, std=RANDOM_STD)
         self.lidb_a[adapter], self.lidb_b[adapter] = nn.Parameter(left), nn.Parameter(right)
@@ -76,7 +84,7 @@ class LiDBLayer(SpectralLayer):
         return RandomFactorisation(config.a, config.b, config.seed)
 
     def _rank(self, adapter: str) -> int:
-        return self.configs[adapter].r
+        return self.configs[adapter].r_for(self.name)
 
     def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
         return not all(bool(values.any()) for values in trained)
@@ -87,7 +95,7 @@ class LiDBLayer(SpectralLayer):
         a, b = self.lidb_a[adapter], self.lidb_b[adapter]
         start = 0
         for weight, name in terms:
-            end = start + self.configs[name].r
+            end = start + self.r[name]
             a[:, start:end] = weight * self.lidb_a[name].to(a)
             b[start:end] = self.lidb_b[name].to(b)
             start = end
@@ -119,8 +127,14 @@ class LiDBModel(SpectralModel):
     linear_cls = Linear
     conv_cls = Conv
     embedding_cls = Embedding
+    pattern_options = ("rank_pattern",)
 
     def _combined_config(self, configs: Sequence[LiDBConfig]) -> LiDBConfig:
+        if any(config.rank_pattern for config in configs):
+            raise ValueError(
+                "adapters must have rank_pattern=None, or their sum is no LIDB adapter; got "
+                f"{[config.rank_pattern for config in configs]}"
+            )
         frozen = {(config.a, config.b, config.seed) for config in configs}
         if len(frozen) > 1:
             raise ValueError(

@@ -29,7 +29,7 @@ from spectral_adapters.peft._layer import (
     SpectralLayer,
     SpectralLinear,
 )
-from spectral_adapters.peft._model import SpectralModel, matches, warn_of_unused_patterns
+from spectral_adapters.peft._model import SpectralModel, pattern_value
 from spectral_adapters.peft._registration import register
 from spectral_adapters.planner import PLANS
 
@@ -100,12 +100,9 @@ class SODAConfig(SpectralConfig):
 
     def factors_for(self, name: str, dimension: int) -> Sizes | None:
         """Sizes for the module ``name`` and its rotated dimension; None: to be balanced."""
-        for pattern, sizes in (self.factors_pattern or {}).items():
-            if matches(pattern, name):
-                return sizes
-        if isinstance(self.factors, dict):
-            return self.factors.get(dimension)
-        return self.factors
+        chosen = self.factors
+        default = chosen.get(dimension) if isinstance(chosen, dict) else chosen
+        return pattern_value(self.factors_pattern, name, default)
 
 
 def _dimension(argument: str, key: Any) -> int:
@@ -263,14 +260,7 @@ class SODAModel(SpectralModel):
     linear_cls = Linear
     conv_cls = Conv
     embedding_cls = Embedding
-
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Add an adapter; warns of entries of ``factors_pattern`` that match no module."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = cast(SODAConfig, self.peft_config[adapter_name])
-        warn_of_unused_patterns("factors_pattern", config.factors_pattern, model, adapter_name)
+    pattern_options = ("factors_pattern",)
 
 
 register("soda", SODAConfig, SODAModel)

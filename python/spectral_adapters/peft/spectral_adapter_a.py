@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from spectral_adapters.functional import low_rank_factors
-from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer, ColumnModel
+from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer
 from spectral_adapters.peft._config import RANDOM_STD
 from spectral_adapters.peft._layer import SpectralConv, SpectralEmbedding, SpectralLinear
+from spectral_adapters.peft._model import SpectralModel
 from spectral_adapters.peft._registration import register
 
 
@@ -65,7 +66,7 @@ class Embedding(SpectralEmbedding, SpectralAdapterALayer):
     """Spectral Adapter A on ``nn.Embedding``."""
 
 
-class SpectralAdapterAModel(ColumnModel):
+class SpectralAdapterAModel(SpectralModel):
     """The PEFT model of Spectral Adapter A; see :class:`SpectralAdapterAConfig`."""
 
     prefix = SpectralAdapterALayer.prefix
@@ -73,6 +74,7 @@ class SpectralAdapterAModel(ColumnModel):
     linear_cls = Linear
     conv_cls = Conv
     embedding_cls = Embedding
+    pattern_options = ("rank_pattern",)
 
 
 register("spectral_adapter_a", SpectralAdapterAConfig, SpectralAdapterAModel)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from spectral_adapters.functional import cayley_factors, low_rank_factors
-from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer, ColumnModel
+from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer
 from spectral_adapters.peft._config import RANDOM_STD
 from spectral_adapters.peft._layer import SpectralConv, SpectralEmbedding, SpectralLinear
+from spectral_adapters.peft._model import SpectralModel
 from spectral_adapters.peft._registration import register
 
 
@@ -70,7 +71,7 @@ class Embedding(SpectralEmbedding, SpectralAdapterRLayer):
     """Spectral Adapter R on ``nn.Embedding``."""
 
 
-class SpectralAdapterRModel(ColumnModel):
+class SpectralAdapterRModel(SpectralModel):
     """The PEFT model of Spectral Adapter R; see :class:`SpectralAdapterRConfig`."""
 
     prefix = SpectralAdapterRLayer.prefix
@@ -78,6 +79,7 @@ class SpectralAdapterRModel(ColumnModel):
     linear_cls = Linear
     conv_cls = Conv
     embedding_cls = Embedding
+    pattern_options = ("rank_pattern",)
 
 
 register("spectral_adapter_r", SpectralAdapterRConfig, SpectralAdapterRModel)

@@ -433,8 +433,9 @@ def pytest_configure() -> None:
     # Imported for data on the Hub; for the import alone, as others look whether it is installed.
     missing = importlib.util.find_spec("datasets") is None
     if missing:
-        sys.modules["datasets"] = types.ModuleType("datasets")
-        sys.modules["datasets"].load_dataset = data_of_the_hub  # type: ignore[attr-defined]
+        datasets: Any = types.ModuleType("datasets")
+        datasets.load_dataset = data_of_the_hub
+        sys.modules["datasets"] = datasets
     utilities: Any = importlib.import_module("tests.testing_utils")
     if missing:
         del sys.modules["datasets"]
@@ -442,11 +443,11 @@ def pytest_configure() -> None:
     common: Any = importlib.import_module("tests.testing_common")
     # Conv1D of transformers is one of our layers.
     common._skip_if_conv1d_not_supported = lambda *args: None
-    for kind in vars(modeling_auto).values():
+    kinds: list[Any] = list(vars(modeling_auto).values())
+    for kind in kinds:
         if inspect.isclass(kind) and issubclass(kind, modeling_auto._BaseAutoModelClass):
-            original = getattr(kind.from_pretrained, "__func__")  # noqa: B009
-            replaced: Any = functools.partial(tiny_model, original)
-            setattr(kind, "from_pretrained", classmethod(replaced))  # noqa: B010
+            replaced: Any = functools.partial(tiny_model, kind.from_pretrained.__func__)
+            kind.from_pretrained = classmethod(replaced)
     diffusion.from_pretrained = lambda *args, **options: copy.deepcopy(pipeline())
 
 

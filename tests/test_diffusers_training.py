@@ -9,17 +9,18 @@ from torch.nn.functional import mse_loss
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("accelerate")
 
-from safetensors.torch import load_file  # noqa: E402
-from tiny_pipelines import tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline  # noqa: E402
+import accelerate
+from safetensors.torch import load_file
+from tiny_pipelines import tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
 
-from spectral_adapters.diffusers import (  # noqa: E402
+from spectral_adapters.diffusers import (
     load_adapter,
     register_checkpoint_hooks,
     save_adapter,
 )
-from spectral_adapters.peft import (  # noqa: E402
+from spectral_adapters.peft import (
     LiDBConfig,
     SODAConfig,
     SpectralAdapterAConfig,

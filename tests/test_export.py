@@ -7,25 +7,26 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
-from tiny_pipelines import tiny_pipeline, tiny_xl_pipeline  # noqa: E402
+import peft
+from tiny_pipelines import tiny_pipeline, tiny_xl_pipeline
 
-from spectral_adapters import cli  # noqa: E402
-from spectral_adapters.diffusers import (  # noqa: E402
+from spectral_adapters import cli
+from spectral_adapters.diffusers import (
     export_lora,
     export_merged,
     load_adapter,
     save_adapter,
 )
-from spectral_adapters.peft import (  # noqa: E402
+from spectral_adapters.peft import (
     LiDBConfig,
     SODAConfig,
     SpectralAdapterAConfig,
     SpectralAdapterRConfig,
     SVDiffConfig,
 )
-from spectral_adapters.peft import export_lora as export_component  # noqa: E402
+from spectral_adapters.peft import export_lora as export_component
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
 EXACT = [

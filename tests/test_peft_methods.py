@@ -385,6 +385,9 @@ def test_rename(method, tmp_path):
         rename_adapter(model, "default", "default")
     with pytest.raises(ValueError, match=r"new must be a non-empty str without a dot; got 'a.b'"):
         rename_adapter(model, "default", "a.b")
+    lora = get_peft_model(mlp(), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(TypeError, match=r"'default' is one of PeftType\.LORA"):
+        rename_adapter(lora, "default", "first")
 
 
 @every_kind

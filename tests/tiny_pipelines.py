@@ -53,7 +53,7 @@ def unet(**options):
     return UNet2DConditionModel(**{**config, **options})
 
 
-def autoencoder():
+def autoencoder(**options):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -65,6 +65,7 @@ def autoencoder():
         norm_num_groups=4,
         sample_size=16,
         mid_block_add_attention=False,
+        **options,
     )
 
 
@@ -110,7 +111,6 @@ def tiny_xl_pipeline(folder):
 
 def tiny_sd3_pipeline(folder):
     from diffusers import (
-        AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
@@ -134,19 +134,7 @@ def tiny_sd3_pipeline(folder):
     # Loading adds to it what no argument does.
     t5_tokenizer.save_pretrained(folder / "t5")
     t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "t5")
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.06,
-    )
+    vae = autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
     t5 = T5Config(
         vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2
     )

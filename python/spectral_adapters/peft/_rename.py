@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from spectral_adapters.peft._config import SpectralConfig
 from spectral_adapters.peft._factors import Fingerprints
 from spectral_adapters.peft._folder import check_adapter_name
 from spectral_adapters.peft._layer import SpectralLayer
@@ -22,11 +23,17 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
         new: its name from now on.
 
     Raises:
+        TypeError: the adapter is of a method of PEFT's own.
         ValueError: there is no adapter ``old``, there is one ``new``, or ``new`` is no name for a
             module (empty, or with a dot).
     """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     check_adapter_name(model, old, configs)
+    if not isinstance(configs[old], SpectralConfig):
+        raise TypeError(
+            f"old must be an adapter of a method of this package; {old!r} is one of "
+            f"{configs[old].peft_type}"
+        )
     if not isinstance(new, str) or not new or "." in new:
         raise ValueError(f"new must be a non-empty str without a dot; got {new!r}")
     if new in configs:

@@ -6,13 +6,14 @@ product and no solve is ever built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from spectral_kernels.ops.kron import accumulation_dtype, gram_axis, rotate_axis
 from spectral_kernels.ops.rotated_linear import (
@@ -80,6 +81,40 @@ class CayleyFunction(torch.autograd.Function):
         )
         for i, grad in zip(wanted, packed_grads, strict=True):
             results[i] = grad
+        return None, *results
+
+
+class SharedCayleyFunction(torch.autograd.Function):
+    """Rotations of a whole model that are already known, as one node with the Cayley gradient.
+
+    Inputs: ``rotations`` (list of [n_i, n_i], computed from the packed parameters) and per rotation
+    ``packed`` [n_i(n_i-1)/2]; outputs are the rotations. Nothing passes through
+    ``save_for_backward``, so the node can be run backward several times, as gradient accumulation
+    over one set of rotations does, and checkpointing sees no tensor saved here. Rotations without
+    a gradient are left out of the one call that all others share.
+    """
+
+    @staticmethod
+    def forward(rotations: list[Tensor], *packed: Tensor) -> tuple[Tensor, ...]:
+        return tuple([rotation.detach() for rotation in rotations])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.rotations, *packed = inputs
+        ctx.dtypes = [parameter.dtype for parameter in packed]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        wanted = [i for i, grad in enumerate(grads) if grad is not None and needed[i]]
+        results: list[Tensor | None] = [None] * len(grads)
+        packed_grads = raw(
+            _ops.cayley_bwd, [grads[i] for i in wanted], [ctx.rotations[i] for i in wanted]
+        )
+        for i, grad in zip(wanted, packed_grads, strict=True):
+            results[i] = grad.to(ctx.dtypes[i])
         return None, *results
 
 
@@ -186,8 +221,8 @@ class RotatedLinearFunction(torch.autograd.Function):
     The primitive under every SODA layer: ``x`` [..., k], ``scale`` s [k] or None, ``matrix`` M
     [rows, k], ``subtract`` N [rows, k] or None (frozen), ``bias`` [rows] or None. ``on_tokens``
     rotates ``x`` instead of M, which is the same product. With ``h = dy (M Q)``: ``dx = h * s``,
-    ``ds = sum h * x`` and ``Q_i^T dQ_i = gram_i(h, x * s)``. Saves x, not ``x * s`` and not the
-    rotated x.
+    ``ds = sum h * x`` and ``Q_i^T dQ_i = gram_i(h, x * s)``. Saves x, not ``x * s``, not the rotated
+    x and nothing of M's size: the backward rotates ``dy M``, or M again where that has fewer rows.
     """
 
     @staticmethod
@@ -200,27 +235,21 @@ class RotatedLinearFunction(torch.autograd.Function):
         transpose: bool,
         on_tokens: bool,
         *factors: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        y, rotated = _product(_ops.rotated_linear_fwd, rotated_linear_fwd_reference)(
+    ) -> Tensor:
+        y, _ = _product(_ops.rotated_linear_fwd, rotated_linear_fwd_reference)(
             x, scale, matrix, subtract, bias, transpose, on_tokens, list(factors)
         )
-        return y, None if on_tokens else rotated
+        return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, scale, matrix, subtract, bias, ctx.transpose, ctx.on_tokens, *factors = inputs
-        rotated = output[1]
-        if rotated is not None:
-            ctx.mark_non_differentiable(rotated)
-            ctx.set_materialize_grads(False)  # else a matrix of zeros is made for `rotated`
-        ctx.save_for_backward(x, scale, matrix, subtract, bias, rotated, *factors)
+        ctx.save_for_backward(x, scale, matrix, subtract, bias, *factors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * len(ctx.needs_input_grad)
-        x, scale, matrix, subtract, bias, rotated, *factors = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, matrix, subtract, bias, *factors = ctx.saved_tensors
         needs_x, needs_scale, _, _, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
         grad_x = grad_scale = grad_bias = None
         factor_grads: list[Tensor | None] = [None] * len(factors)
@@ -228,6 +257,9 @@ class RotatedLinearFunction(torch.autograd.Function):
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
         needs_sums = needs_scale or any(needs_factors)
         if needs_x or needs_sums:
+            rotated = None
+            if not ctx.on_tokens:
+                rotated = _rotated_for_backward(grad, matrix, factors, ctx.transpose)
             backward = _product(_ops.rotated_linear_bwd, rotated_linear_bwd_reference)
             grad_x, *sums = backward(
                 grad, x, scale, matrix, subtract, rotated, ctx.transpose, needs_sums, factors
@@ -246,6 +278,220 @@ class RotatedLinearFunction(torch.autograd.Function):
             None,
             *factor_grads,
         )
+
+
+def _rotated_for_backward(
+    grad: Tensor, matrix: Tensor, factors: Sequence[Tensor], transpose: bool
+) -> Tensor | None:
+    """``M Q`` [rows, k], where that is less work than to rotate ``dy M``; else None."""
+    if grad.numel() <= matrix.shape[0] * grad.shape[-1]:
+        return None
+    return raw(_ops.kron_rotate, matrix, list(factors), transpose, None, None).to(grad.dtype)
+
+
+class SODALinearFunction(torch.autograd.Function):
+    """``y = ((x V) * s) (U R)^T + b``: a whole SODA layer (svd, left) without its dense weight.
+
+    ``x`` [..., in], ``scale`` s [k], ``left`` U [out, k], ``right`` V^T [k, in] and ``bias`` [out] or
+    None; U and V frozen. ``rotated`` is U R [out, k] where somebody keeps it, else None;
+    ``on_tokens`` rotates the tokens instead of U. Returns y, and what is kept for the backward or
+    for the caller: z = x V [..., k] (None with ``recompute``) and U R (None where the tokens are
+    rotated).
+
+    The backward needs x no more once z is kept; with ``recompute`` it is the other way round, and
+    layers that share an input share what they keep. U R is kept by the caller or not at all: the
+    backward rotates the tokens' gradients, or U again where that has fewer rows.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        scale: Tensor,
+        left: Tensor,
+        right: Tensor,
+        bias: Tensor | None,
+        rotated: Tensor | None,
+        on_tokens: bool,
+        recompute: bool,
+        *factors: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        z = linear(x, right.to(x.dtype))
+        if rotated is not None and not on_tokens:
+            y = linear(z * scale.to(z.dtype), rotated.to(z.dtype), bias)
+            return y, None if recompute else z, None
+        forward = _product(_ops.rotated_linear_fwd, rotated_linear_fwd_reference)
+        y, rotated = forward(z, scale, left, None, bias, False, on_tokens, list(factors))
+        return y, None if recompute else z, None if on_tokens else rotated
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, scale, left, right, bias, rotated, ctx.on_tokens, recompute, *factors = inputs
+        _, z, made = output
+        ctx.mark_non_differentiable(*(extra for extra in (z, made) if extra is not None))
+        ctx.set_materialize_grads(False)
+        kept = None if ctx.on_tokens else rotated
+        ctx.save_for_backward(x if recompute else None, z, scale, left, right, bias, kept, *factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        needs_x, needs_scale, _, _, needs_bias, _, _, _, *needs_factors = ctx.needs_input_grad
+        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if grad is None:
+            return tuple(results)
+        x, z, scale, left, right, bias, rotated, *factors = ctx.saved_tensors
+        if needs_bias:
+            results[4] = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
+        needs_sums = needs_scale or any(needs_factors)
+        if not (needs_x or needs_sums):
+            return tuple(results)
+        if z is None:
+            z = linear(x, right.to(x.dtype))
+        if rotated is not None:
+            rotated = rotated.to(grad.dtype)
+        elif not ctx.on_tokens:
+            rotated = _rotated_for_backward(grad, left, factors, False)
+        backward = _product(_ops.rotated_linear_bwd, rotated_linear_bwd_reference)
+        grad_z, *sums = backward(grad, z, scale, left, None, rotated, False, needs_sums, factors)
+        if needs_x:
+            grad_x = grad_z.reshape(-1, grad_z.shape[-1]) @ right.to(grad.dtype)
+            results[0] = grad_x.view(*grad.shape[:-1], right.shape[1])
+        if needs_scale:
+            results[1] = sums[0]
+        for i, needed in enumerate(needs_factors):
+            if needed:
+                results[8 + i] = sums[i + 1]
+        return tuple(results)
+
+
+class KeptGradient:
+    """The gradient of a dense weight [out, in], summed over backward passes until it is wanted.
+
+    While ``is_open`` a merged layer's backward adds to it and passes nothing on; the first
+    backward after that takes the sum, so that it is contracted with the bases once.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.sum: Tensor | None = None
+
+    def pass_on(self, grad: Tensor) -> Tensor | None:
+        """The sum so far and ``grad``, or None if that has to wait."""
+        if self.sum is not None:
+            grad = self.sum.add_(grad)
+        self.sum = grad if self.is_open else None
+        return None if self.is_open else grad
+
+
+class MergedLinearFunction(torch.autograd.Function):
+    """``y = x W'^T + b`` with ``W' = U R diag(s) V^T``, three products over the tokens.
+
+    ``x`` [..., in], ``scale`` s [k], the basis ``left`` U [out, k], ``singular_values`` S [k] and
+    ``right`` V^T [k, in], ``bias`` [out] or None. Where ``base`` W0 [out, in] is given,
+    ``W' = W0 + (U R diag(s) - U diag(S)) V^T``. ``weight`` is W' and ``rotated`` U R where somebody
+    keeps them, else None. Returns y and, for those who keep them, W' in the dtype of x and U R, as
+    far as they were built here.
+
+    With ``H = (dy^T x) V``: ``ds`` = column sums of U R * H over the rows and
+    ``R_i^T dR_i = gram_i(U R, H * s)``. ``gradient`` may hold ``dy^T x`` back. With ``recompute``
+    nothing of the weight's size is kept and the backward builds W' again.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        scale: Tensor,
+        left: Tensor,
+        singular_values: Tensor,
+        right: Tensor,
+        base: Tensor | None,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        rotated: Tensor | None,
+        gradient: KeptGradient | None,
+        recompute: bool,
+        *factors: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if weight is not None:
+            return linear(x, weight, bias), None, None
+        made = None
+        if rotated is None:
+            rotated = made = raw(_ops.kron_rotate, left, list(factors), False, None, None)
+        dense = _merged_weight(rotated, scale, left, singular_values, right, base).to(x.dtype)
+        return linear(x, dense, bias), dense, made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        *operands, weight, rotated, ctx.gradient, recompute = inputs[:11]
+        _, *made = output
+        ctx.mark_non_differentiable(*(extra for extra in made if extra is not None))
+        if weight is None:
+            weight = made[0]
+        if rotated is None:
+            rotated = made[1]
+        ctx.set_materialize_grads(False)
+        kept = (None, None) if recompute else (weight, rotated)
+        ctx.save_for_backward(*operands, *kept, *inputs[11:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        needs_x, needs_scale, _, _, _, needs_base, needs_bias, *rest = ctx.needs_input_grad
+        needs_factors = rest[4:]
+        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if grad is None:
+            return tuple(results)
+        x, scale, *basis, base, bias, weight, rotated = ctx.saved_tensors[:9]
+        left, _, right = basis
+        factors = ctx.saved_tensors[9:]
+        flat_grad = grad.reshape(-1, grad.shape[-1])
+        if needs_bias:
+            results[6] = flat_grad.sum(0).to(bias.dtype)
+        needs_sums = needs_scale or any(needs_factors)
+        grad_weight: Tensor | None = None
+        if needs_sums or needs_base:
+            grad_weight = flat_grad.mT @ x.reshape(-1, x.shape[-1])
+        if needs_base:
+            assert grad_weight is not None
+            results[5] = grad_weight.to(base.dtype)
+        if needs_sums:
+            assert grad_weight is not None
+            grad_weight = grad_weight.to(right.dtype)
+            if ctx.gradient is not None:
+                grad_weight = ctx.gradient.pass_on(grad_weight)
+        if rotated is None:
+            rotated = raw(_ops.kron_rotate, left, factors, False, None, None)
+        if weight is None and needs_x:
+            weight = _merged_weight(rotated, scale, *basis, base).to(grad.dtype)
+        if needs_x:
+            results[0] = (flat_grad @ weight).view(x.shape)
+        if not needs_sums or grad_weight is None:
+            return tuple(results)
+        dims = [factor.shape[0] for factor in factors]
+        turned_grad = grad_weight @ right.mT
+        *grams, column_sums = raw(_ops.kron_gram, rotated, turned_grad, dims, scale)
+        if needs_scale:
+            results[1] = column_sums.to(scale.dtype)
+        for i, (factor, gram) in enumerate(zip(factors, grams, strict=True)):
+            if needs_factors[i]:
+                results[11 + i] = factor @ gram.to(factor.dtype)
+        return tuple(results)
+
+
+def _merged_weight(
+    rotated: Tensor,
+    scale: Tensor,
+    left: Tensor,
+    singular_values: Tensor,
+    right: Tensor,
+    base: Tensor | None,
+) -> Tensor:
+    """W' [out, in] from U R [out, k]; with a base W0, exactly that where nothing was trained."""
+    folded = rotated * scale
+    if base is None:
+        return folded @ right
+    # Two rounded products: fused into one operation, equal ones would not cancel.
+    return base + folded.sub_(left * singular_values) @ right
 
 
 class RotatedWeightFunction(torch.autograd.Function):

@@ -24,10 +24,13 @@ from spectral_adapters._validation import (
 )
 from spectral_adapters.autograd import (
     CayleyFunction,
+    KeptGradient,
     KronGramFunction,
     KronRotateFunction,
+    MergedLinearFunction,
     RotatedLinearFunction,
     RotatedWeightFunction,
+    SODALinearFunction,
     apply,
 )
 from spectral_adapters.planner import PLANS, choose_plan
@@ -65,6 +68,42 @@ class SpectralBasis(NamedTuple):
     left: Tensor
     singular_values: Tensor | None
     right: Tensor
+
+
+class FoldedBasis:
+    """What a SODA layer (svd, left) may keep while its parameters do not change.
+
+    Whoever owns it (:class:`spectral_adapters.rotation_bank.RotationBank`) knows when they do.
+
+    Attributes:
+        rotated: U R [out, k], or None as long as it was not needed.
+        weight: W' [out, in] in the dtype of its last use, or None as long as it was not needed.
+        gradient: the gradient of W' that waits for its contraction.
+        uses: forward passes of the model that are expected to share this, at least 1.
+    """
+
+    def __init__(self, gradient: KeptGradient, uses: int = 1) -> None:
+        self.gradient = gradient
+        self.uses = uses
+        self.rotated: Tensor | None = None
+        self.weight: Tensor | None = None
+        self._made_from: tuple[object, ...] = ()
+
+    def adopt(self, basis: SpectralBasis, base_weight: Tensor | None) -> None:
+        """Forget everything that was made from another basis or base weight than these."""
+        source = (basis.left, basis.right, base_weight, _version(base_weight))
+        same = len(self._made_from) == len(source) and all(
+            old is new or old == new and isinstance(old, int)
+            for old, new in zip(self._made_from, source, strict=True)
+        )
+        if not same:
+            self.rotated = self.weight = None
+            self._made_from = source
+
+
+def _version(tensor: Tensor | None) -> int:
+    """A number that changes when the tensor does, as far as autograd is told."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 @overload
@@ -205,10 +244,9 @@ def rotated_linear(
     """
     if on_tokens and subtract is not None:
         raise ValueError("subtract must be None when on_tokens is True; got a tensor")
-    y, _ = apply(
+    return apply(
         RotatedLinearFunction, x, scale, matrix, subtract, bias, transpose, on_tokens, *factors
     )
-    return y
 
 
 def soda_linear(
@@ -222,6 +260,8 @@ def soda_linear(
     rotation: str | None = "left",
     plan: str = "auto",
     base_weight: Tensor | None = None,
+    folded: FoldedBasis | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """``x W'^T + bias`` for a SODA-adapted weight, by the cheapest of three equal-valued plans.
 
@@ -247,6 +287,10 @@ def soda_linear(
         base_weight: the frozen ``W0`` [out, in] itself, where the caller has it: the merged plan
             then adds an exact difference to it, so that an untrained adapter returns ``W0`` to the
             last bit.
+        folded: where to keep the rotated basis and the merged weight between calls with the same
+            parameters, or None.
+        recompute: svd left only: keep x for the backward instead of ``x V`` and of everything of the
+            weight's size; one more product, less memory where layers share their input.
 
     Returns:
         [..., out] in the dtype of x (the autocast dtype under autocast). GEMMs run in that dtype on
@@ -254,6 +298,7 @@ def soda_linear(
     """
     _check_soda(basis, spectrum, factors, decomposition, rotation)
     check_choice("plan", plan, ("auto", *PLANS))
+    check_recompute(recompute, decomposition, rotation)
     check_tensor("x", x)
     check_last_dimension("x", x, basis.right.shape[1], "the layer's in_features")
 
@@ -270,12 +315,22 @@ def soda_linear(
         rotation=rotation,
         plan=plan,
         backward=torch.is_grad_enabled(),
+        uses=1 if folded is None else folded.uses,
     ).name
     with without_autocast(x.device):
         x = x.to(work_dtype)
         if bias is not None:
             bias = bias.to(work_dtype)
-        if name == "merged":
+        if decomposition == "svd" and rotation == "left":
+            assert factors is not None
+            if folded is not None:
+                folded.adopt(basis, base_weight)
+            arguments = (x, basis, spectrum, factors, bias, folded, recompute)
+            if name == "merged":
+                y = _merged_product(*arguments, base_weight)
+            else:
+                y = _spectral_product(*arguments, on_tokens=name == "tokens")
+        elif name == "merged":
             weight = soda_weight(
                 basis,
                 spectrum,
@@ -290,6 +345,82 @@ def soda_linear(
                 x, basis, spectrum, factors, bias, decomposition, rotation, name == "tokens"
             )
     return y.to(out_dtype)
+
+
+def _spectral_product(
+    x: Tensor,
+    basis: SpectralBasis,
+    spectrum: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    folded: FoldedBasis | None,
+    recompute: bool,
+    *,
+    on_tokens: bool,
+) -> Tensor:
+    """The factored and tokens plans of svd left; x and bias already in the working dtype."""
+    left, _, right = basis
+    y, _, rotated = apply(
+        SODALinearFunction,
+        x,
+        spectrum,
+        left,
+        right,
+        bias,
+        None if folded is None else folded.rotated,
+        on_tokens,
+        recompute,
+        *factors,
+    )
+    if folded is not None and rotated is not None and not recompute:
+        folded.rotated = rotated
+    return y
+
+
+def _merged_product(
+    x: Tensor,
+    basis: SpectralBasis,
+    spectrum: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    folded: FoldedBasis | None,
+    recompute: bool,
+    base_weight: Tensor | None,
+) -> Tensor:
+    """The merged plan of svd left; x and bias already in the working dtype."""
+    kept = None if folded is None else folded.weight
+    if kept is not None and kept.dtype != x.dtype:
+        kept = None
+    y, weight, rotated = apply(
+        MergedLinearFunction,
+        x,
+        spectrum,
+        *basis,
+        base_weight,
+        bias,
+        kept,
+        None if folded is None else folded.rotated,
+        None if folded is None else folded.gradient,
+        recompute,
+        *factors,
+    )
+    if folded is not None and not recompute:
+        if weight is not None:
+            folded.weight = weight
+        if rotated is not None:
+            folded.rotated = rotated
+    return y
+
+
+def check_recompute(recompute: bool, decomposition: str, rotation: str | None) -> None:
+    """Raise unless ``recompute`` is a bool that the method supports."""
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute must be True or False; got {recompute!r}")
+    if recompute and (decomposition, rotation) != ("svd", "left"):
+        raise ValueError(
+            "recompute must be False except for decomposition='svd' with rotation='left'; "
+            f"got True with {decomposition!r} and {rotation!r}"
+        )
 
 
 def _soda_product(
@@ -351,6 +482,11 @@ def soda_weight(
     factors. In the wider of the dtypes of basis and ``base_weight``.
     """
     _check_soda(basis, spectrum, factors, decomposition, rotation)
+    if base_weight is not None and rotation == "right":
+        # A rotation by identities changes no bit, so W0 itself may be rotated.
+        assert factors is not None
+        weight = base_weight + _spectral_change(basis, spectrum, decomposition)
+        return kron_rotate(weight, factors, transpose=True, orthogonal=True)
     if base_weight is not None:
         delta = soda_delta_weight(
             basis, spectrum, factors, decomposition=decomposition, rotation=rotation
@@ -401,18 +537,21 @@ def soda_delta_weight(
             subtract=left.view_as(left),
         ).mT
         return turned + pad(left * spectrum, (0, right.shape[1] - right.shape[0]))
-    if decomposition == "svd":
-        assert singular_values is not None
-        change = (left * (spectrum - singular_values)) @ right
-        start = left * singular_values
-    else:
-        change = _top_rows(spectrum[:, None] * right, left.shape[0])
-        start = left
+    change = _spectral_change(basis, spectrum, decomposition)
     if rotation is None:
         return change
     assert factors is not None
-    base = start @ right
+    base = (left if singular_values is None else left * singular_values) @ right
     return kron_rotate(base + change, factors, transpose=True, orthogonal=True) - base
+
+
+def _spectral_change(basis: SpectralBasis, spectrum: Tensor, decomposition: str) -> Tensor:
+    """What the spectrum alone adds to the weight, [out, in]: no product of matrices for "qr"."""
+    left, singular_values, right = basis
+    if decomposition == "svd":
+        assert singular_values is not None
+        return (left * (spectrum - singular_values)) @ right
+    return _top_rows(spectrum[:, None] * right, left.shape[0])
 
 
 def _rotated_weight(

@@ -43,6 +43,7 @@ def plan_costs(
     decomposition: str,
     rotation: str | None,
     backward: bool = True,
+    uses: int = 1,
 ) -> dict[str, float]:
     """Cost of each plan in units of one GEMM ``2 * tokens * out * in`` (DESIGN section 4).
 
@@ -96,6 +97,7 @@ def choose_plan(
     rotation: str | None,
     plan: str = "auto",
     backward: bool = True,
+    uses: int = 1,
 ) -> PlanChoice:
     """The cheapest plan for these sizes, or ``plan`` itself when it is not ``"auto"``."""
     units = plan_costs(
@@ -106,6 +108,7 @@ def choose_plan(
         decomposition=decomposition,
         rotation=rotation,
         backward=backward,
+        uses=uses,
     )
     if plan != "auto":
         return PlanChoice(plan, "forced", units)

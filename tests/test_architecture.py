@@ -17,7 +17,7 @@ LAYERS = [
     {"_validation"},
     {"factors", "activations", "planner", "autograd"},
     {"functional"},
-    {"decomposition"},
+    {"decomposition", "rotation_bank"},
     {"modules", "optim"},
     {"peft"},
     {"diffusers"},

@@ -299,8 +299,9 @@ class SODALinearFunction(torch.autograd.Function):
     rotated).
 
     The backward needs x no more once z is kept; with ``recompute`` it is the other way round, and
-    layers that share an input share what they keep. U R is kept by the caller or not at all: the
-    backward rotates the tokens' gradients, or U again where that has fewer rows.
+    layers that share an input share what they keep. U R is kept only with ``keep``, for callers
+    that do so too; else the backward rotates the tokens' gradients, or U again where that has fewer
+    rows.
     """
 
     @staticmethod
@@ -313,6 +314,7 @@ class SODALinearFunction(torch.autograd.Function):
         rotated: Tensor | None,
         on_tokens: bool,
         recompute: bool,
+        keep: bool,
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         z = linear(x, right.to(x.dtype))
@@ -325,17 +327,20 @@ class SODALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, scale, left, right, bias, rotated, ctx.on_tokens, recompute, *factors = inputs
+        x, scale, left, right, bias, rotated, ctx.on_tokens, recompute, keep, *factors = inputs
         _, z, made = output
         ctx.mark_non_differentiable(*(extra for extra in (z, made) if extra is not None))
         ctx.set_materialize_grads(False)
-        kept = None if ctx.on_tokens else rotated
+        kept = None
+        if keep and not ctx.on_tokens:
+            kept = made if rotated is None else rotated
         ctx.save_for_backward(x if recompute else None, z, scale, left, right, bias, kept, *factors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        needs_x, needs_scale, _, _, needs_bias, _, _, _, *needs_factors = ctx.needs_input_grad
+        needs_x, needs_scale, _, _, needs_bias, *rest = ctx.needs_input_grad
+        needs_factors = rest[4:]
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad is None:
             return tuple(results)
@@ -360,27 +365,33 @@ class SODALinearFunction(torch.autograd.Function):
             results[1] = sums[0]
         for i, needed in enumerate(needs_factors):
             if needed:
-                results[8 + i] = sums[i + 1]
+                results[9 + i] = sums[i + 1]
         return tuple(results)
+
+
+class Deferral:
+    """Whether the gradients of merged weights have to wait now; one switch for a whole model."""
+
+    def __init__(self) -> None:
+        self.is_on = False
 
 
 class KeptGradient:
     """The gradient of a dense weight [out, in], summed over backward passes until it is wanted.
 
-    While ``is_open`` a merged layer's backward adds to it and passes nothing on; the first
+    While the deferral is on, a merged layer's backward adds to it and passes nothing on; the first
     backward after that takes the sum, so that it is contracted with the bases once.
     """
 
-    def __init__(self) -> None:
-        self.is_open = False
+    def __init__(self, deferral: Deferral) -> None:
+        self._deferral = deferral
         self.sum: Tensor | None = None
 
     def pass_on(self, grad: Tensor) -> Tensor | None:
         """The sum so far and ``grad``, or None if that has to wait."""
-        if self.sum is not None:
-            grad = self.sum.add_(grad)
-        self.sum = grad if self.is_open else None
-        return None if self.is_open else grad
+        total = grad if self.sum is None else self.sum.add_(grad)
+        self.sum = total if self._deferral.is_on else None
+        return None if self._deferral.is_on else total
 
 
 class MergedLinearFunction(torch.autograd.Function):
@@ -441,9 +452,10 @@ class MergedLinearFunction(torch.autograd.Function):
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad is None:
             return tuple(results)
-        x, scale, *basis, base, bias, weight, rotated = ctx.saved_tensors[:9]
+        saved = ctx.saved_tensors  # to be read once, checkpoints insist
+        x, scale, *basis, base, bias, weight, rotated = saved[:9]
         left, _, right = basis
-        factors = ctx.saved_tensors[9:]
+        factors = saved[9:]
         flat_grad = grad.reshape(-1, grad.shape[-1])
         if needs_bias:
             results[6] = flat_grad.sum(0).to(bias.dtype)

@@ -87,23 +87,28 @@ class FoldedBasis:
         self.uses = uses
         self.rotated: Tensor | None = None
         self.weight: Tensor | None = None
-        self._made_from: tuple[object, ...] = ()
+        self._sources: list[Tensor] = []
+        self._marks: list[object] = []
 
     def adopt(self, basis: SpectralBasis, base_weight: Tensor | None) -> None:
-        """Forget everything that was made from another basis or base weight than these."""
-        source = (basis.left, basis.right, base_weight, _version(base_weight))
-        same = len(self._made_from) == len(source) and all(
-            old is new or old == new and isinstance(old, int)
-            for old, new in zip(self._made_from, source, strict=True)
-        )
-        if not same:
+        """Forget everything that was made from another basis or base weight than these, and what
+        was made in inference mode and cannot be used for training."""
+        sources = [basis.left, basis.right, *([] if base_weight is None else [base_weight])]
+        marks: list[object] = [_mark(tensor) for tensor in sources]
+        if marks != self._marks:
             self.rotated = self.weight = None
-            self._made_from = source
+            # Held, so that no other tensor comes to lie where they are.
+            self._sources, self._marks = sources, marks
+        for name in ("rotated", "weight"):
+            kept = getattr(self, name)
+            if kept is not None and kept.is_inference() and not torch.is_inference_mode_enabled():
+                setattr(self, name, None)
 
 
-def _version(tensor: Tensor | None) -> int:
-    """A number that changes when the tensor does, as far as autograd is told."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+def _mark(tensor: Tensor) -> object:
+    """Equal for the same tensor or view with the same numbers, as far as autograd is told."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version
 
 
 @overload
@@ -317,6 +322,8 @@ def soda_linear(
         backward=torch.is_grad_enabled(),
         uses=1 if folded is None else folded.uses,
     ).name
+    if folded is not None and folded.gradient.sum is not None and torch.is_grad_enabled():
+        name = "merged"  # its backward takes the gradient that waits
     with without_autocast(x.device):
         x = x.to(work_dtype)
         if bias is not None:
@@ -360,6 +367,8 @@ def _spectral_product(
 ) -> Tensor:
     """The factored and tokens plans of svd left; x and bias already in the working dtype."""
     left, _, right = basis
+    if recompute:
+        folded = None
     y, _, rotated = apply(
         SODALinearFunction,
         x,
@@ -370,9 +379,10 @@ def _spectral_product(
         None if folded is None else folded.rotated,
         on_tokens,
         recompute,
+        folded is not None,
         *factors,
     )
-    if folded is not None and rotated is not None and not recompute:
+    if folded is not None and rotated is not None:
         folded.rotated = rotated
     return y
 

@@ -15,8 +15,9 @@ from spectral_adapters.factors import resolve_factors
 from spectral_adapters.functional import (
     DECOMPOSITIONS,
     ROTATIONS,
+    FoldedBasis,
     SpectralBasis,
-    cayley_factors,
+    check_recompute,
     product_dtypes,
     soda_delta_weight,
     soda_linear,
@@ -26,11 +27,12 @@ from spectral_adapters.functional import (
 )
 from spectral_adapters.modules._base import SpectralModule
 from spectral_adapters.planner import PLANS, PlanChoice, choose_plan
+from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 
 PARAMETRIZATIONS = ("cayley", "stiefel")
 
 
-class SODAModule(SpectralModule):
+class SODAModule(SpectralModule, RotatedLayer):
     """What the linear and the convolutional SODA layer share: everything but how the weight is
     used.
 
@@ -56,6 +58,7 @@ class SODAModule(SpectralModule):
         plan: str = "auto",
         save_factors: bool = True,
         base_dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__(save_factors=save_factors)
         check_choice("decomposition", decomposition, DECOMPOSITIONS)
@@ -63,6 +66,7 @@ class SODAModule(SpectralModule):
         check_choice("parametrization", parametrization, PARAMETRIZATIONS)
         check_choice("spectrum_activation", spectrum_activation, SPECTRUM_ACTIVATIONS)
         check_choice("plan", plan, ("auto", *PLANS))
+        check_recompute(recompute, decomposition, rotation)
         weight = round_to_dtype(weight, base_dtype)
         matrix = weight.detach().reshape(weight.shape[0], -1)
         basis = decompose(matrix, decomposition, rotation)
@@ -73,6 +77,7 @@ class SODAModule(SpectralModule):
         self.parametrization = parametrization
         self.spectrum_activation = spectrum_activation
         self.plan = plan
+        self.recompute = recompute
         self.base_dtype = weight.dtype
         if rotation is None:
             if factors is not None:
@@ -105,17 +110,29 @@ class SODAModule(SpectralModule):
 
     def rotation_factors(self) -> tuple[Tensor, ...]:
         """Orthogonal factors of the rotation, [n_i, n_i] each; empty without a rotation."""
-        if self.parametrization == "stiefel":
-            return tuple(self.rotation)
-        return cayley_factors(list(self.rotation), self.factor_sizes)
+        return self._factors()[0]
+
+    def rotation_slots(self) -> list[RotationSlot]:
+        """The layer's rotation, for a :class:`spectral_adapters.rotation_bank.RotationBank`."""
+        sizes = None if self.parametrization == "stiefel" else self.factor_sizes
+        slot = RotationSlot("", tuple(self.rotation), sizes, (self.delta,))
+        return [slot] if self.factor_sizes else []
+
+    def _factors(self) -> tuple[tuple[Tensor, ...], FoldedBasis | None]:
+        """The orthogonal factors, and where products of theirs may be kept."""
+        for slot in self.rotation_slots():
+            return self._rotations(slot)
+        return (), None
 
     def get_delta_weight(self) -> Tensor:
         """``W' - W0`` in the base weight's shape; exactly zero for an untrained layer."""
-        return soda_delta_weight(*self._terms(), **self._method()).reshape(self._weight_shape())
+        return soda_delta_weight(*self._terms()[:3], **self._method()).reshape(
+            self._weight_shape()
+        )
 
     def merged_weight(self) -> Tensor:
         """The dense adapted weight ``W'`` in the base weight's shape, differentiable."""
-        return soda_weight(*self._terms(), **self._method()).reshape(self._weight_shape())
+        return soda_weight(*self._terms()[:3], **self._method()).reshape(self._weight_shape())
 
     def plan_for(self, tokens: int) -> PlanChoice:
         """The plan that a training step over ``tokens`` rows would take, with the cost of each."""
@@ -135,7 +152,8 @@ class SODAModule(SpectralModule):
         return (
             f"weight={shape}, bias={self.bias is not None}, {self.decomposition}, "
             f"rotation={self.rotation_side} ({self.parametrization}, factors {sizes}), "
-            f"spectrum={self.spectrum_activation}, plan={self.plan}, trained={trained:,}"
+            f"spectrum={self.spectrum_activation}, plan={self.plan}, "
+            f"rotations={self._rotations_from()}, trained={trained:,}"
         )
 
     def _weight_shape(self) -> tuple[int, ...]:
@@ -144,15 +162,19 @@ class SODAModule(SpectralModule):
     def _method(self) -> dict[str, Any]:
         return {"decomposition": self.decomposition, "rotation": self.rotation_side}
 
-    def _terms(self) -> tuple[SpectralBasis, Tensor, tuple[Tensor, ...] | None]:
-        """Basis, spectral term (s, or the offset of the diagonal for "qr"), rotation factors."""
+    def _terms(
+        self,
+    ) -> tuple[SpectralBasis, Tensor, tuple[Tensor, ...] | None, FoldedBasis | None]:
+        """Basis, spectral term (s, or the offset of the diagonal for "qr"), rotation factors, and
+        where products of theirs may be kept."""
         if self.decomposition == "svd":
             term = self.spectrum()
         elif self.spectrum_activation == "identity":
             term = self.delta
         else:
             term = self.spectrum() - self._base_spectrum()
-        return self.basis, term, self.rotation_factors() or None
+        factors, folded = self._factors()
+        return self.basis, term, factors or None, folded
 
     def _base_spectrum(self) -> Tensor:
         if self.singular_values is not None:
@@ -181,6 +203,8 @@ class SODALinear(SODAModule):
         save_factors: whether ``state_dict`` holds the frozen basis (see :class:`SpectralModule`).
         base_dtype: round the base weight to this dtype first: for loading an adapter that was
             trained on a half-precision base onto a wider copy of it.
+        recompute: svd left only: keep x for the backward instead of ``x V`` and of anything of the
+            weight's size; one more product, less memory where layers share their input.
 
     Shapes: x [..., in_features] -> [..., out_features], in the dtype of x.
 
@@ -216,6 +240,7 @@ class SODALinear(SODAModule):
         plan: str = "auto",
         save_factors: bool = True,
         base_dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> SODALinear:
         """A SODA layer that computes what ``linear`` computes; ``linear`` is left as it is."""
         if not isinstance(linear, nn.Linear):
@@ -233,6 +258,7 @@ class SODALinear(SODAModule):
             plan=plan,
             save_factors=save_factors,
             base_dtype=base_dtype,
+            recompute=recompute,
         )
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.train(linear.training)
@@ -240,8 +266,18 @@ class SODALinear(SODAModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        basis, term, factors = self._terms()
-        return soda_linear(x, basis, term, factors, self.bias, plan=self.plan, **self._method())
+        basis, term, factors, folded = self._terms()
+        return soda_linear(
+            x,
+            basis,
+            term,
+            factors,
+            self.bias,
+            plan=self.plan,
+            folded=folded,
+            recompute=self.recompute,
+            **self._method(),
+        )
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the merged weight, in the base weight's dtype."""
@@ -357,7 +393,7 @@ class SODAConv2d(SODAModule):
         check_last_dimension("x.movedim(1, -1)", x.movedim(1, -1), self.in_channels, "channels")
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         x = pad(x, self._edges, mode=mode) if any(self._edges) else x
-        basis, term, factors = self._terms()
+        basis, term, factors, _ = self._terms()
         result, work = product_dtypes(x, basis.left)
         with without_autocast(x.device):
             y = self._convolve(x.to(work), basis, term, factors)

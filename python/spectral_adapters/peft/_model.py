@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
 from spectral_adapters.peft._layer import SpectralLayer, is_sharded
+from spectral_adapters.rotation_bank import RotatedLayer, RotationBank
 
 
 class SpectralModel(BaseTuner):
@@ -63,6 +64,9 @@ class SpectralModel(BaseTuner):
         Warns of patterns in the config that match none of them.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if any(isinstance(layer, RotatedLayer) for layer in spectral_layers(model)):
+            # PEFT's own wrapper calls the model's forward past its hooks.
+            RotationBank.attach(model).add_root(self)
         config: Any = self.peft_config[adapter_name]
         for option in self.pattern_options:
             warn_of_unused_patterns(option, getattr(config, option), model, adapter_name)

@@ -16,8 +16,10 @@ from spectral_adapters.factors import resolve_factors
 from spectral_adapters.functional import (
     DECOMPOSITIONS,
     ROTATIONS,
+    FoldedBasis,
     SpectralBasis,
     cayley_factors,
+    check_recompute,
     soda_delta_weight,
     soda_linear,
 )
@@ -32,6 +34,7 @@ from spectral_adapters.peft._layer import (
 from spectral_adapters.peft._model import SpectralModel, pattern_value
 from spectral_adapters.peft._registration import register
 from spectral_adapters.planner import PLANS
+from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 
 Sizes = tuple[int, ...]
 
@@ -53,6 +56,9 @@ class SODAConfig(SpectralConfig):
         spectrum_activation: "identity", "relu" or "softplus".
         plan: "auto", "factored", "merged" or "tokens", for linear layers; equal values at different
             cost. A convolution is always one convolution with the adapted weight.
+        recompute: for linear layers with ``decomposition="svd"`` and ``rotation="left"``: keep their
+            input for the backward instead of its projection and of anything of the weight's size;
+            one more product, less memory where layers share their input (query, key, value).
 
     Further arguments: :class:`SpectralConfig`.
     """
@@ -66,6 +72,7 @@ class SODAConfig(SpectralConfig):
     parametrization: str = field(default="cayley")
     spectrum_activation: str = field(default="identity")
     plan: str = field(default="auto")
+    recompute: bool = field(default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +81,7 @@ class SODAConfig(SpectralConfig):
         check_choice("parametrization", self.parametrization, PARAMETRIZATIONS)
         check_choice("spectrum_activation", self.spectrum_activation, SPECTRUM_ACTIVATIONS)
         check_choice("plan", self.plan, ("auto", *PLANS))
+        check_recompute(self.recompute, self.decomposition, self.rotation)
         if isinstance(self.factors, Mapping):
             # Keys come back from JSON as strings.
             self.factors = {
@@ -127,7 +135,7 @@ def _sizes(argument: str, value: Any) -> Sizes:
     return tuple(value)
 
 
-class SODALayer(SpectralLayer):
+class SODALayer(SpectralLayer, RotatedLayer):
     """Trained: ``soda_delta`` [k] and ``soda_rotation``, one parameter per Kronecker factor.
 
     The rotation's parameters are packed skew matrices [n(n-1)/2] ("cayley") or the orthogonal
@@ -194,8 +202,8 @@ class SODALayer(SpectralLayer):
 
     def _terms(
         self, adapter: str, device: torch.device
-    ) -> tuple[SpectralBasis, Tensor, tuple[Tensor, ...] | None, dict[str, Any]]:
-        """Arguments of ``soda_linear``: basis, spectral term, rotation factors, and the method."""
+    ) -> tuple[SpectralBasis, Tensor, tuple[Tensor, ...] | None, FoldedBasis | None]:
+        """Basis, spectral term, rotation factors, and where products of theirs may be kept."""
         config = self.configs[adapter]
         basis = self._basis(adapter, device)
         delta = self.soda_delta[adapter].to(device, basis.left.dtype)
@@ -205,42 +213,60 @@ class SODALayer(SpectralLayer):
         elif config.spectrum_activation != "identity":
             diagonal = (basis.left if config.rotation == "right" else basis.right).diagonal()
             term = spectrum_activation(config.spectrum_activation, diagonal, delta) - diagonal
-        method = {"decomposition": config.decomposition, "rotation": config.rotation}
-        return basis, term, self._rotation_factors(adapter, device), method
+        factors, folded = self._rotation_factors(adapter, device)
+        return basis, term, factors, folded
 
-    def _rotation_factors(self, adapter: str, device: torch.device) -> tuple[Tensor, ...] | None:
-        """Orthogonal factors [n_i, n_i], in fp32 or better; None without a rotation."""
+    def _method(self, adapter: str) -> dict[str, Any]:
+        config = self.configs[adapter]
+        return {"decomposition": config.decomposition, "rotation": config.rotation}
+
+    def rotation_slots(self) -> list[RotationSlot]:
+        """The rotations of the active adapters."""
+        return [self._slot(name) for name in self.active_adapters if self.factor_sizes.get(name)]
+
+    def _slot(self, adapter: str) -> RotationSlot:
+        parameters = tuple(cast(nn.ParameterList, self.soda_rotation[adapter]))
+        sizes = None
+        if self.configs[adapter].parametrization == "cayley":
+            sizes = tuple([n for n in self.factor_sizes[adapter] if n > 1])
+        return RotationSlot(adapter, parameters, sizes, (self.soda_delta[adapter],))
+
+    def _rotation_factors(
+        self, adapter: str, device: torch.device
+    ) -> tuple[tuple[Tensor, ...] | None, FoldedBasis | None]:
+        """Orthogonal factors [n_i, n_i], in fp32 or better, and where their products may be kept;
+        None without a rotation."""
         sizes = self.factor_sizes[adapter]
         if not sizes:
-            return None
-        parameters = cast(nn.ParameterList, self.soda_rotation[adapter])
-        trained = [values.to(device) for values in parameters]
-        if self.configs[adapter].parametrization == "cayley":
-            trained = list(cayley_factors(trained, [n for n in sizes if n > 1]))
-        turned = iter(trained)
-        rotations = [next(turned) if n > 1 else torch.ones(1, 1, device=device) for n in sizes]
-        return tuple(r if r.dtype == torch.float64 else r.float() for r in rotations)
+            return None, None
+        turned, folded = self._rotations(self._slot(adapter))
+        trained = iter([r.to(device) for r in turned])
+        rotations = [next(trained) if n > 1 else torch.ones(1, 1, device=device) for n in sizes]
+        return tuple([r if r.dtype == torch.float64 else r.float() for r in rotations]), folded
 
     def _delta_matrix(self, adapter: str, device: torch.device) -> Tensor:
-        basis, term, factors, method = self._terms(adapter, device)
-        return soda_delta_weight(basis, term, factors, **method)
+        basis, term, factors, _ = self._terms(adapter, device)
+        return soda_delta_weight(basis, term, factors, **self._method(adapter))
 
 
 class Linear(SpectralLinear, SODALayer):
     """SODA on ``nn.Linear`` and ``Conv1D``."""
 
     def _replace_base(self, x: Tensor, adapter: str) -> Tensor | None:
-        basis, term, factors, method = self._terms(adapter, x.device)
+        basis, term, factors, folded = self._terms(adapter, x.device)
         base: Any = self.base_layer
+        config = self.configs[adapter]
         return soda_linear(
             x,
             basis,
             term,
             factors,
             base.bias,
-            plan=self.configs[adapter].plan,
+            plan=config.plan,
             base_weight=self._as_matrix(base.weight),
-            **method,
+            folded=folded,
+            recompute=config.recompute,
+            **self._method(adapter),
         )
 
 

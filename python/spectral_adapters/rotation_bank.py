@@ -1,0 +1,429 @@
+"""One Cayley transform for all rotations of a model, and what may be kept between two of them.
+
+A bank is attached to a model's root. At the root's forward it looks whether any of the layers'
+trained numbers have changed, by value, since optimizers and averages often write past autograd's
+version counters. If so, one call computes all rotations; if not, everything made from them is still
+good: gradient accumulation, checkpoint recomputation, several calls of one layer and inference build
+a rotated basis or merged weight once. The rotations are one node of the autograd graph, so one call
+computes all their gradients in a backward pass.
+
+A layer goes its own way, with the same numbers, wherever the bank cannot know its rotations: called
+outside the root's forward, with other parameters than the bank saw (FSDP's, ``functional_call``'s),
+or in compiled parts of a model that is not compiled as a whole.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spectral_adapters.autograd import Deferral, KeptGradient, SharedCayleyFunction, apply
+from spectral_adapters.functional import FoldedBasis, cayley_factors
+
+__all__ = ["RotatedLayer", "RotationBank", "RotationSlot"]
+
+
+class RotationSlot(NamedTuple):
+    """One rotation of a layer.
+
+    Attributes:
+        key: names the rotation within its layer (the adapter's name, say).
+        rotation: parameters of the factors: packed skew matrices [n(n-1)/2], or with ``sizes`` None
+            the orthogonal factors [n, n] themselves.
+        sizes: n of each factor, or None.
+        others: parameters that are no rotation but that the adapted weight depends on.
+    """
+
+    key: str
+    rotation: tuple[nn.Parameter, ...]
+    sizes: tuple[int, ...] | None
+    others: tuple[nn.Parameter, ...] = ()
+
+
+class RotatedLayer:
+    """Mixin of the layers that have rotations, which a bank may compute for them."""
+
+    _rotation_bank: RotationBank | None = None
+
+    def rotation_slots(self) -> list[RotationSlot]:
+        """The rotations that the layer's forward uses now."""
+        raise NotImplementedError
+
+    def _rotations(
+        self, slot: RotationSlot
+    ) -> tuple[tuple[Tensor, ...], FoldedBasis | None]:
+        """Orthogonal factors [n, n] of a slot, in fp32 or better, and where to keep their products.
+
+        From the model's bank where it knows them, else computed here.
+        """
+        bank = self._rotation_bank
+        shared = None if bank is None else bank.lookup(self, slot)
+        if shared is not None:
+            return shared
+        if slot.sizes is None:
+            return slot.rotation, None
+        return cayley_factors(slot.rotation, slot.sizes), None
+
+    def _rotations_from(self) -> str:
+        """Who computes the rotations in a forward pass, for ``repr``."""
+        return "own" if self._rotation_bank is None else "bank"
+
+
+class _Entry:
+    """A slot of a layer, and what the bank has for it."""
+
+    def __init__(self, slot: RotationSlot, deferral: Deferral) -> None:
+        self.slot = slot
+        self.values: tuple[Tensor, ...] = ()
+        self.graph: tuple[Tensor, ...] = ()
+        self.folded = FoldedBasis(KeptGradient(deferral))
+        self.was_used = False
+        self.traced: tuple[Tensor, ...] = ()
+
+
+class RotationBank:
+    """The rotations of all layers of a model, computed together.
+
+    ``RotationBank.attach(model)`` makes one; the PEFT methods of this package do that themselves.
+
+    Args:
+        keep: keep rotated bases and merged weights between forward passes as long as no parameter
+            changes. One matrix of the weight's size per layer (two in the merged plan), less
+            work.
+        accumulation_steps: forward passes per optimizer step; the planner counts on them when it
+            weighs what a build costs. At least 1.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+
+    def __init__(self, *, keep: bool = True, accumulation_steps: int = 1) -> None:
+        if not isinstance(keep, bool):
+            raise TypeError(f"keep must be True or False; got {keep!r}")
+        self.keep = keep
+        self.accumulation_steps = accumulation_steps
+        self._forget()
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forward passes per optimizer step that the planner counts on."""
+        return self._accumulation_steps
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"accumulation_steps must be an int; got {value!r}")
+        if value < 1:
+            raise ValueError(f"accumulation_steps must be at least 1; got {value!r}")
+        self._accumulation_steps = value
+
+    @classmethod
+    def attach(cls, model: nn.Module, **options: Any) -> RotationBank:
+        """Give a model a bank; the one it has already is kept, with these options.
+
+        Args:
+            model: its ``forward`` is what a bank works during. Nested roots share one bank.
+            options: of :class:`RotationBank`.
+
+        Raises:
+            TypeError: ``model`` is no module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        bank = cls.of(model)
+        if bank is None:
+            bank = cls(**options)
+            bank.add_root(model)
+        else:
+            fresh = cls(**{"keep": bank.keep, "accumulation_steps": bank.accumulation_steps, **options})
+            bank.keep, bank.accumulation_steps = fresh.keep, fresh.accumulation_steps
+        return bank
+
+    @staticmethod
+    def of(model: nn.Module) -> RotationBank | None:
+        """The bank whose root is ``model``, or None."""
+        for hook in model._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, RotationBank):
+                return owner
+        return None
+
+    def add_root(self, model: nn.Module) -> None:
+        """Work during the forward of ``model`` too, which holds layers of this bank."""
+        if RotationBank.of(model) is not self:
+            model.register_forward_pre_hook(self._before)
+            model.register_forward_hook(self._after, always_call=True)
+            self._roots.append(weakref.ref(model))
+        self._scan()
+
+    def detach(self, model: nn.Module) -> None:
+        """Take the bank off a root again; its layers compute their own rotations from then on."""
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+                model._forward_hooks_always_called.pop(key, None)
+        for layer in _rotated_layers(model):
+            if layer._rotation_bank is self:
+                layer._rotation_bank = None
+        self._forget()
+
+    def invalidate(self) -> None:
+        """Compute everything anew at the next forward."""
+        self._copies = None
+
+    @contextmanager
+    def accumulate(self, enabled: bool = True) -> Iterator[None]:
+        """Backward passes in here leave the gradients of merged weights uncontracted.
+
+        The first backward pass outside contracts their sum with the bases, once for all of them;
+        until then the adapters' own gradients lack that part. The counterpart of DDP's
+        ``no_sync``: for every micro-batch of a step but the last.
+
+        Args:
+            enabled: False changes nothing, for loops that decide by a flag.
+        """
+        before = self._deferral.is_on
+        self._deferral.is_on = enabled or before
+        try:
+            yield
+        finally:
+            self._deferral.is_on = before
+
+    def lookup(
+        self, layer: RotatedLayer, slot: RotationSlot
+    ) -> tuple[tuple[Tensor, ...], FoldedBasis | None] | None:
+        """What the bank has for a slot: its rotations, and where to keep what they are folded into.
+
+        None if the bank does not know these parameters, or not what they are now.
+        """
+        entry = self._entries.get((id(layer), slot.key))
+        if torch.compiler.is_compiling():
+            return None if entry is None or not entry.traced else (entry.traced, None)
+        recomputing = torch._C._current_graph_task_id() != -1
+        if not (recomputing or self._outermost) or torch._C._are_functorch_transforms_active():
+            return None
+        if entry is None or not _same(entry.slot, slot):
+            self._must_scan = True
+            return None
+        if not entry.values:
+            return None
+        differentiable = torch.is_grad_enabled() and any(
+            [parameter.requires_grad for parameter in slot.rotation]
+        )
+        folded = entry.folded if self.keep else None
+        if folded is not None:
+            folded.uses = self.accumulation_steps if torch.is_grad_enabled() else self._passes
+        if not differentiable:
+            return entry.values, folded
+        if recomputing and not entry.was_used:
+            # A reentrant checkpoint ran without gradients, and has a graph of its own per segment.
+            return self._own_graph(entry), folded
+        entry.was_used = True
+        if not entry.graph:
+            self._make_graph()
+        return entry.graph, folded
+
+    def __repr__(self) -> str:
+        count = sum(len(entry.slot.rotation) for entry in self._entries.values())
+        return (
+            f"RotationBank({count} factors of {len(self._entries)} layers, keep={self.keep}, "
+            f"accumulation_steps={self.accumulation_steps})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RotationBank:
+        """A bank for a copied model: the same options, and nothing of the original's."""
+        copied = RotationBank(keep=self.keep, accumulation_steps=self.accumulation_steps)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.keep, self.accumulation_steps)
+
+    def _forget(self) -> None:
+        self._roots: list[weakref.ref[nn.Module]] = []
+        self._entries: dict[tuple[int, str], _Entry] = {}
+        self._deferral = Deferral()
+        self._outermost: int | None = None
+        self._must_scan = True
+        self._hints: tuple[Any, ...] = ()
+        self._copies: list[Tensor] | None = None
+        #: Forward passes that the rotations have served.
+        self._passes = 0
+
+    def _before(self, root: nn.Module, args: Any) -> None:
+        """Bring the rotations up to date at the start of a root's forward."""
+        if getattr(root, "_is_replica", False):
+            return  # of DataParallel, whose replicas have parameters of their own
+        if torch.compiler.is_compiling():
+            self._trace()
+            return
+        is_nested = self._outermost is not None and self._outermost != id(root)
+        if not is_nested:
+            self._outermost = id(root)
+        if all(known() is not root for known in self._roots):
+            self._roots.append(weakref.ref(root))
+            self._must_scan = True
+        if torch._C._current_graph_task_id() != -1:
+            return  # a checkpoint recomputes the whole root: with what it had
+        if self._must_scan:
+            self._scan()
+        self._refresh()
+        if not is_nested:
+            self._passes += 1
+            for entry in self._entries.values():
+                entry.was_used = False
+
+    def _after(self, root: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            for entry in self._entries.values():
+                entry.traced = ()
+        elif self._outermost == id(root):
+            self._outermost = None
+
+    def _scan(self) -> None:
+        """Find the layers below the roots and the slots that they use now."""
+        found: dict[tuple[int, str], _Entry] = {}
+        self._roots = [root for root in self._roots if root() is not None]
+        for layer in {
+            id(layer): layer for root in self._roots for layer in _rotated_layers(root())
+        }.values():
+            layer._rotation_bank = self
+            for slot in layer.rotation_slots():
+                if not slot.rotation or not all(map(_is_plain, slot.rotation + slot.others)):
+                    continue
+                key = (id(layer), slot.key)
+                known = self._entries.get(key)
+                same = known is not None and _same(known.slot, slot)
+                found[key] = known if same else _Entry(slot, self._deferral)
+        if found != self._entries:
+            self._refuse_pending()
+            self._entries = found
+            self._copies = None
+        self._must_scan = False
+
+    def _refresh(self) -> None:
+        """Compute all rotations anew unless every number is what it was."""
+        entries = self._entries.values()
+        tracked = [p for entry in entries for p in (*entry.slot.rotation, *entry.slot.others)]
+        hints = tuple([(p._version, p.requires_grad) for p in tracked])
+        with torch.inference_mode(False), torch.no_grad():
+            copies = [torch.cat(group) for group in _grouped(p.detach().reshape(-1) for p in tracked)]
+            if _is_capturing():
+                # The graph is replayed with other numbers, which nobody compares.
+                self._copies = None
+            elif (
+                self._copies is not None
+                and hints == self._hints
+                and all(map(torch.equal, copies, self._copies))
+            ):
+                return
+            else:
+                self._copies = copies
+            self._hints = hints
+            self._refuse_pending()
+            self._passes = 0
+            self._compute()
+
+    def _compute(self) -> None:
+        for group in _by_device(self._entries.values()):
+            packed = [p.detach() for entry in group for p in entry.slot.rotation]
+            sizes = [n for entry in group for n in entry.slot.sizes or ()]
+            packed = [p if p.dtype == torch.float64 else p.float() for p in packed]
+            values = iter(torch.ops.spectral.cayley_fwd([p.contiguous() for p in packed], sizes))
+            for entry in group:
+                entry.values = tuple([next(values) for _ in entry.slot.rotation])
+        for entry in self._entries.values():
+            if entry.slot.sizes is None:
+                entry.values = tuple([factor.detach() for factor in entry.slot.rotation])
+            entry.graph = ()
+            entry.folded.rotated = entry.folded.weight = None
+
+    def _make_graph(self) -> None:
+        """Rotations with a gradient, for all entries: one node per device."""
+        for group in _by_device(self._entries.values()):
+            packed = [p for entry in group for p in entry.slot.rotation]
+            values = [value for entry in group for value in entry.values]
+            outputs = iter(apply(SharedCayleyFunction, values, *packed))
+            for entry in group:
+                entry.graph = tuple([next(outputs) for _ in entry.values])
+        for entry in self._entries.values():
+            if entry.slot.sizes is None:
+                entry.graph = entry.slot.rotation
+
+    def _own_graph(self, entry: _Entry) -> tuple[Tensor, ...]:
+        """The rotations of one slot with a gradient, independent of all others."""
+        if entry.slot.sizes is None:
+            return entry.slot.rotation
+        return apply(SharedCayleyFunction, list(entry.values), *entry.slot.rotation)
+
+    def _trace(self) -> None:
+        """One Cayley transform in a graph that is being compiled."""
+        for group in _by_device(self._entries.values()):
+            packed = [p for entry in group for p in entry.slot.rotation]
+            sizes = [n for entry in group for n in entry.slot.sizes or ()]
+            rotations = cayley_factors(packed, sizes)
+            start = 0
+            for entry in group:
+                entry.traced = rotations[start : start + len(entry.slot.rotation)]
+                start += len(entry.slot.rotation)
+
+    def _refuse_pending(self) -> None:
+        """Raise if parameters changed while gradients were waiting for their contraction."""
+        waiting = [e for e in self._entries.values() if e.folded.gradient.sum is not None]
+        if waiting:
+            for entry in waiting:
+                entry.folded.gradient.sum = None
+            raise RuntimeError(
+                f"the gradients of {len(waiting)} merged weights were accumulated and never "
+                "contracted: the last backward pass before an optimizer step must run outside of "
+                "RotationBank.accumulate()"
+            )
+
+
+def _restored(keep: bool, accumulation_steps: int) -> RotationBank:
+    return RotationBank(keep=keep, accumulation_steps=accumulation_steps)
+
+
+def _rotated_layers(root: nn.Module | None) -> list[Any]:
+    return [] if root is None else [m for m in root.modules() if isinstance(m, RotatedLayer)]
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether a parameter's numbers can be read here and now."""
+    return not (
+        parameter.is_meta or parameter.is_inference() or hasattr(parameter, "full_tensor")
+    )
+
+
+def _same(known: RotationSlot, slot: RotationSlot) -> bool:
+    """Whether two slots hold the very same parameters."""
+    return len(known.rotation) == len(slot.rotation) and all(
+        [old is new for old, new in zip(known[1] + known[3], slot[1] + slot[3], strict=True)]
+    )
+
+
+def _by_device(entries: Iterable[_Entry]) -> list[list[_Entry]]:
+    """Entries with packed parameters, by the device of these."""
+    groups: dict[torch.device, list[_Entry]] = {}
+    for entry in entries:
+        if entry.slot.sizes is not None:
+            groups.setdefault(entry.slot.rotation[0].device, []).append(entry)
+    return list(groups.values())
+
+
+def _grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors that can be concatenated, together."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,10 +1,13 @@
-"""The planner: the cost model of DESIGN section 4, and that its choice is what runs."""
+"""The planner: the cost model of DESIGN section 4, calibration, that its choice is what runs."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from spectral_adapters import SODALinear, functional
-from spectral_adapters.planner import PLANS, choose_plan, plan_costs
+from spectral_adapters import SODALinear, cli, functional, planner
+from spectral_adapters.planner import DEFAULT_RATES, PLANS, Rates, choose_plan, plan_costs
 
 LEFT = {"decomposition": "svd", "rotation": "left"}
 
@@ -38,14 +41,14 @@ def test_a_plan_can_be_forced_and_is_reported():
 def test_the_chosen_plan_is_the_one_that_runs(monkeypatch, tokens):
     layer = SODALinear(64, 64)
     seen = []
-    original = functional.choose_plan
+    original = functional.remembered_plan
 
     def spy(*args, **kwargs):
         seen.append(original(*args, **kwargs))
         return seen[-1]
 
     built = []
-    monkeypatch.setattr(functional, "choose_plan", spy)
+    monkeypatch.setattr(functional, "remembered_plan", spy)
     product = functional._merged_product
     monkeypatch.setattr(functional, "_merged_product", lambda *a: built.append(1) or product(*a))
     layer(torch.randn(tokens, 64))
@@ -56,3 +59,108 @@ def test_the_chosen_plan_is_the_one_that_runs(monkeypatch, tokens):
 def test_mismatching_factors_are_refused():
     with pytest.raises(ValueError, match="factors must have product 12"):
         plan_costs(5, 12, 20, (3, 5), **LEFT)
+
+
+def test_plans_of_a_right_rotation():
+    n, right = 4096, {"decomposition": "qr", "rotation": "right"}
+    costs = plan_costs(n, n, n, (64, 64), **right, has_base=True)
+    assert costs["merged"] == pytest.approx(3, rel=0.1)  # W0 + diag(d) Q is no product
+    assert plan_costs(n, n, n, (64, 64), **right)["merged"] == pytest.approx(4, rel=0.1)
+
+
+def test_a_rotation_alone_costs_two_products():
+    n, right = 4096, {"decomposition": "svd", "rotation": "right", "has_base": True}
+    options = {"fixed_spectrum": True, "keeps": True}
+    costs = plan_costs(10**5, n, n, (64, 64), **right, **options)
+    assert costs["tokens"] == pytest.approx(2.2, rel=0.1)
+    assert choose_plan(10**5, n, n, (64, 64), **right, **options).name == "tokens"
+    assert choose_plan(10**5, n, n, (64, 64), **right).name == "merged"
+
+
+def test_shared_builds_cost_their_share():
+    n, factors = 1280, (32, 40)
+    once = plan_costs(n, n, n, factors, **LEFT)
+    shared = plan_costs(n, n, n, factors, **LEFT, uses=4, keeps=True)
+    assert once["merged"] - shared["merged"] == pytest.approx(0.75 * 2, rel=0.2)
+    assert shared["factored"] < once["factored"] and shared["tokens"] == once["tokens"]
+    assert choose_plan(n, n, n, factors, **LEFT).name != "merged"
+    assert choose_plan(n, n, n, factors, **LEFT, uses=8).name == "merged"
+
+
+def test_rates_decide():
+    slow = replace(DEFAULT_RATES["cpu"], rotation=50.0, gram=50.0, source="slow rotations")
+    arguments = (1500, 1280, 1280, (32, 40))
+    assert choose_plan(*arguments, **LEFT).name == "factored"
+    assert choose_plan(*arguments, **LEFT, rates=slow).name == "merged"
+    assert "slow rotations" in choose_plan(*arguments, **LEFT, rates=slow).reason
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(planner, "_chosen", {})
+    return tmp_path / "spectral-kernels" / "planner.json"
+
+
+def _in_a_new_process(monkeypatch):
+    monkeypatch.setattr(planner, "_chosen", {})
+
+
+CPU = torch.device("cpu")
+
+
+def test_calibration_is_kept_and_read(own_cache, monkeypatch):
+    assert planner.rates_for(CPU, torch.float32) == DEFAULT_RATES["cpu"]
+    rates = planner.calibrate("cpu", torch.float32)
+    assert min(rates.rotation, rates.gram, rates.build, rates.call) > 0
+    assert "measured" in rates.source and planner.rates_for(CPU, torch.float32) == rates
+    _in_a_new_process(monkeypatch)
+    assert planner.rates_for(CPU, torch.float32) == rates
+    assert planner.rates_for(CPU, torch.float64) == DEFAULT_RATES["cpu"]
+    planner.calibrate("cpu", torch.float64, save=False)
+    _in_a_new_process(monkeypatch)
+    assert planner.rates_for(CPU, torch.float64) == DEFAULT_RATES["cpu"]
+    assert list(own_cache.parent.iterdir()) == [own_cache]
+
+
+def test_rates_can_be_set(own_cache):
+    rates = Rates(1.0, 2.0, 3.0, 4.0, "mine")
+    planner.set_rates("cpu", torch.float32, rates)
+    assert planner.rates_for(CPU, torch.float32) == rates
+    assert "mine" in SODALinear(8, 8).plan_for(5).reason
+    planner.set_rates("cpu", torch.float32, None)
+    assert planner.rates_for(CPU, torch.float32) == DEFAULT_RATES["cpu"]
+    with pytest.raises(ValueError, match=r"rates\.gram must be positive and finite; got 0"):
+        planner.set_rates("cpu", torch.float32, replace(rates, gram=0))
+    with pytest.raises(TypeError, match="rates must be Rates"):
+        planner.set_rates("cpu", torch.float32, 2.0)
+
+
+@pytest.mark.parametrize("content", ["not json", '["a list"]', "{KEY: {}}", "{KEY: null}"])
+def test_a_broken_file_is_told(own_cache, content):
+    key = json.dumps(planner._key(CPU, torch.float32))
+    own_cache.parent.mkdir()
+    own_cache.write_text(content.replace("KEY", key))
+    if "null" in content:
+        assert planner.rates_for(CPU, torch.float32) == DEFAULT_RATES["cpu"]
+        return
+    with pytest.warns(RuntimeWarning, match="no usable calibration"):
+        assert planner.rates_for(CPU, torch.float32) == DEFAULT_RATES["cpu"]
+
+
+def test_command_line(own_cache, capsys):
+    assert cli.main(["calibrate", "--dtype", "float64"]) == 0
+    assert "an operation of a rotation costs" in capsys.readouterr().out and own_cache.exists()
+    assert cli.main(["calibrate", "--device", "nonsense"]) == 2
+    assert "--device nonsense" in capsys.readouterr().err
+    own_cache.unlink()
+    own_cache.mkdir()
+    assert cli.main(["calibrate"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_bad_calibration_arguments(own_cache):
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point type; got torch\.int8"):
+        planner.calibrate("cpu", torch.int8)
+    with pytest.raises(ValueError, match="plan must be one of 'auto'"):
+        choose_plan(5, 8, 8, (2, 4), **LEFT, plan="best")

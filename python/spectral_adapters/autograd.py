@@ -221,8 +221,9 @@ class RotatedLinearFunction(torch.autograd.Function):
     The primitive under every SODA layer: ``x`` [..., k], ``scale`` s [k] or None, ``matrix`` M
     [rows, k], ``subtract`` N [rows, k] or None (frozen), ``bias`` [rows] or None. ``on_tokens``
     rotates ``x`` instead of M, which is the same product. With ``h = dy (M Q)``: ``dx = h * s``,
-    ``ds = sum h * x`` and ``Q_i^T dQ_i = gram_i(h, x * s)``. Saves x, not ``x * s``, not the rotated
-    x and nothing of M's size: the backward rotates ``dy M``, or M again where that has fewer rows.
+    ``ds = sum h * x`` and ``Q_i^T dQ_i = gram_i(h, x * s)``. Saves x, not ``x * s``, not the
+    rotated x and nothing of M's size: the backward rotates ``dy M``, or M again where that has
+    fewer rows.
     """
 
     @staticmethod
@@ -292,8 +293,8 @@ def _rotated_for_backward(
 class SODALinearFunction(torch.autograd.Function):
     """``y = ((x V) * s) (U R)^T + b``: a whole SODA layer (svd, left) without its dense weight.
 
-    ``x`` [..., in], ``scale`` s [k], ``left`` U [out, k], ``right`` V^T [k, in] and ``bias`` [out] or
-    None; U and V frozen. ``rotated`` is U R [out, k] where somebody keeps it, else None;
+    ``x`` [..., in], ``scale`` s [k], ``left`` U [out, k], ``right`` V^T [k, in] and ``bias`` [out]
+    or None; U and V frozen. ``rotated`` is U R [out, k] where somebody keeps it, else None;
     ``on_tokens`` rotates the tokens instead of U. Returns y, and what is kept for the backward or
     for the caller: z = x V [..., k] (None with ``recompute``) and U R (None where the tokens are
     rotated).
@@ -453,8 +454,7 @@ class MergedLinearFunction(torch.autograd.Function):
         if grad is None:
             return tuple(results)
         saved = ctx.saved_tensors  # to be read once, checkpoints insist
-        x, scale, *basis, base, bias, weight, rotated = saved[:9]
-        left, _, right = basis
+        x, scale, left, singular_values, right, base, bias, weight, rotated = saved[:9]
         factors = saved[9:]
         flat_grad = grad.reshape(-1, grad.shape[-1])
         if needs_bias:
@@ -474,7 +474,8 @@ class MergedLinearFunction(torch.autograd.Function):
         if rotated is None:
             rotated = raw(_ops.kron_rotate, left, factors, False, None, None)
         if weight is None and needs_x:
-            weight = _merged_weight(rotated, scale, *basis, base).to(grad.dtype)
+            dense = _merged_weight(rotated, scale, left, singular_values, right, base)
+            weight = dense.to(grad.dtype)
         if needs_x:
             results[0] = (flat_grad @ weight).view(x.shape)
         if not needs_sums or grad_weight is None:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_personalize(commands)
     add_export(commands)
+    add_calibrate(commands)
     options = vars(parser.parse_args(argv))
     run, name = options.pop("run"), options.pop("command")
     try:
@@ -170,6 +171,50 @@ def run_export(options: dict[str, Any]) -> int:
     elif lines:
         print(f"{len(lines)} layers, exact")
     print(f"written: {output}")
+    return 0
+
+
+#: Types of activations that the planner can be calibrated for.
+CALIBRATED_TYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def add_calibrate(commands: Any) -> None:
+    """Add ``calibrate``."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure what the planner should know of this machine",
+        description=(
+            "Measure what rotations, their gradients, builds and calls cost beside a large product "
+            "on a quiet machine, and keep it for all later runs. SODA layers with plan='auto' "
+            "choose by it; without it they go by built-in constants."
+        ),
+    )
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--dtype", choices=CALIBRATED_TYPES, default="float32", help="type of the activations"
+    )
+    parser.set_defaults(run=run_calibrate, command="calibrate")
+
+
+def run_calibrate(options: dict[str, Any]) -> int:
+    """Measure, keep, and print the rates."""
+    import torch
+
+    import spectral_kernels  # noqa: F401  (declares the ops that are timed)
+    from spectral_adapters.planner import calibrate, calibration_file
+
+    try:
+        rates = calibrate(options["device"], getattr(torch, options["dtype"]))
+    except (RuntimeError, AssertionError) as error:  # how torch refuses a device
+        raise UsageError(f"--device {options['device']}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise UsageError(f"{calibration_file()} cannot be written: {error}") from error
+    print(rates.source)
+    print(f"  an operation of a rotation costs {rates.rotation:.2f} of a large product")
+    print(f"  an operation of its gradient     {rates.gram:.2f}")
+    print(f"  an operation of a build          {rates.build:.2f}")
+    print(f"  a call                           {rates.call:.2g} operations")
+    print(f"written: {calibration_file()}")
     return 0
 
 

@@ -33,7 +33,7 @@ from spectral_adapters.autograd import (
     SODALinearFunction,
     apply,
 )
-from spectral_adapters.planner import PLANS, choose_plan
+from spectral_adapters.planner import PLANS, choose_plan, rates_for, remembered_plan
 from spectral_kernels.ops.cayley import packed_length
 
 __all__ = [
@@ -71,13 +71,14 @@ class SpectralBasis(NamedTuple):
 
 
 class FoldedBasis:
-    """What a SODA layer (svd, left) may keep while its parameters do not change.
+    """What a SODA layer may keep while its parameters do not change.
 
     Whoever owns it (:class:`spectral_adapters.rotation_bank.RotationBank`) knows when they do.
 
     Attributes:
         rotated: U R [out, k], or None as long as it was not needed.
-        weight: W' [out, in] in the dtype of its last use, or None as long as it was not needed.
+        weight: W' [out, in] in the dtype of its last use, or None as long as it was not needed; of
+            a layer rotated on the right, the weight with the adapted spectrum alone.
         gradient: the gradient of W' that waits for its contraction.
         uses: forward passes of the model that are expected to share this, at least 1.
     """
@@ -294,8 +295,8 @@ def soda_linear(
             last bit.
         folded: where to keep the rotated basis and the merged weight between calls with the same
             parameters, or None.
-        recompute: svd left only: keep x for the backward instead of ``x V`` and of everything of the
-            weight's size; one more product, less memory where layers share their input.
+        recompute: svd left only: keep x for the backward instead of ``x V`` and of everything of
+            the weight's size; one more product, less memory where layers share their input.
 
     Returns:
         [..., out] in the dtype of x (the autocast dtype under autocast). GEMMs run in that dtype on
@@ -310,9 +311,11 @@ def soda_linear(
     out_dtype, work_dtype = product_dtypes(x, basis.left)
     out_features, in_features = basis.left.shape[0], basis.right.shape[1]
     sizes = None if factors is None else tuple(factor.shape[0] for factor in factors)
-    tokens = x.numel() // in_features
-    name = choose_plan(
-        tokens,
+    fixed_spectrum = not (torch.is_grad_enabled() and spectrum.requires_grad)
+    # Tracing cannot see into a cache, and would warn of it.
+    choose = choose_plan if torch.compiler.is_compiling() else remembered_plan
+    name = choose(
+        x.numel() // in_features,
         out_features,
         in_features,
         sizes,
@@ -321,17 +324,32 @@ def soda_linear(
         plan=plan,
         backward=torch.is_grad_enabled(),
         uses=1 if folded is None else folded.uses,
+        keeps=folded is not None and not recompute,
+        has_base=base_weight is not None,
+        fixed_spectrum=fixed_spectrum,
+        rates=rates_for(x.device, work_dtype),
     ).name
     if folded is not None and folded.gradient.sum is not None and torch.is_grad_enabled():
         name = "merged"  # its backward takes the gradient that waits
+    if folded is not None:
+        folded.adopt(basis, base_weight)
     with without_autocast(x.device):
         x = x.to(work_dtype)
         if bias is not None:
             bias = bias.to(work_dtype)
-        if decomposition == "svd" and rotation == "left":
+        if (
+            name == "tokens"
+            and rotation == "right"
+            and fixed_spectrum
+            and folded is not None
+            and base_weight is not None
+        ):
             assert factors is not None
-            if folded is not None:
-                folded.adopt(basis, base_weight)
+            weight = _spectrum_only_weight(basis, spectrum, decomposition, base_weight, folded)
+            turned = kron_rotate(x, factors, orthogonal=True)
+            y = linear(turned, weight.to(work_dtype), bias)
+        elif decomposition == "svd" and rotation == "left":
+            assert factors is not None
             arguments = (x, basis, spectrum, factors, bias, folded, recompute)
             if name == "merged":
                 y = _merged_product(*arguments, base_weight)
@@ -562,6 +580,20 @@ def _spectral_change(basis: SpectralBasis, spectrum: Tensor, decomposition: str)
         assert singular_values is not None
         return (left * (spectrum - singular_values)) @ right
     return _top_rows(spectrum[:, None] * right, left.shape[0])
+
+
+@torch.no_grad()
+def _spectrum_only_weight(
+    basis: SpectralBasis,
+    spectrum: Tensor,
+    decomposition: str,
+    base_weight: Tensor,
+    folded: FoldedBasis,
+) -> Tensor:
+    """The weight [out, in] with the adapted spectrum and without the rotation, kept."""
+    if folded.weight is None:
+        folded.weight = base_weight + _spectral_change(basis, spectrum, decomposition)
+    return folded.weight
 
 
 def _rotated_weight(

@@ -2,10 +2,10 @@
 
 A bank is attached to a model's root. At the root's forward it looks whether any of the layers'
 trained numbers have changed, by value, since optimizers and averages often write past autograd's
-version counters. If so, one call computes all rotations; if not, everything made from them is still
-good: gradient accumulation, checkpoint recomputation, several calls of one layer and inference build
-a rotated basis or merged weight once. The rotations are one node of the autograd graph, so one call
-computes all their gradients in a backward pass.
+version counters. If so, one call computes all rotations; if not, everything made from them is
+still good: gradient accumulation, checkpoint recomputation, several calls of one layer and
+inference build a rotated basis or merged weight once. The rotations are one node of the autograd
+graph, so one call computes all their gradients in a backward pass.
 
 A layer goes its own way, with the same numbers, wherever the bank cannot know its rotations: called
 outside the root's forward, with other parameters than the bank saw (FSDP's, ``functional_call``'s),
@@ -54,9 +54,7 @@ class RotatedLayer:
         """The rotations that the layer's forward uses now."""
         raise NotImplementedError
 
-    def _rotations(
-        self, slot: RotationSlot
-    ) -> tuple[tuple[Tensor, ...], FoldedBasis | None]:
+    def _rotations(self, slot: RotationSlot) -> tuple[tuple[Tensor, ...], FoldedBasis | None]:
         """Orthogonal factors [n, n] of a slot, in fp32 or better, and where to keep their products.
 
         From the model's bank where it knows them, else computed here.
@@ -82,7 +80,8 @@ class _Entry:
         self.values: tuple[Tensor, ...] = ()
         self.graph: tuple[Tensor, ...] = ()
         self.folded = FoldedBasis(KeptGradient(deferral))
-        self.was_used = False
+        #: Since the root's last forward began: asked for, and asked for with a gradient.
+        self.was_seen = self.was_used = False
         self.traced: tuple[Tensor, ...] = ()
 
 
@@ -101,6 +100,9 @@ class RotationBank:
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
+
+    #: All tracked numbers as they were when the rotations were computed; None: none, or too old.
+    _copies: list[Tensor] | None
 
     def __init__(self, *, keep: bool = True, accumulation_steps: int = 1) -> None:
         if not isinstance(keep, bool):
@@ -140,8 +142,10 @@ class RotationBank:
             bank = cls(**options)
             bank.add_root(model)
         else:
-            fresh = cls(**{"keep": bank.keep, "accumulation_steps": bank.accumulation_steps, **options})
+            now = {"keep": bank.keep, "accumulation_steps": bank.accumulation_steps}
+            fresh = cls(**{**now, **options})
             bank.keep, bank.accumulation_steps = fresh.keep, fresh.accumulation_steps
+            bank._must_scan = True
         return bank
 
     @staticmethod
@@ -212,8 +216,9 @@ class RotationBank:
             return None
         if not entry.values:
             return None
+        entry.was_seen = True
         differentiable = torch.is_grad_enabled() and any(
-            [parameter.requires_grad for parameter in slot.rotation]
+            parameter.requires_grad for parameter in slot.rotation
         )
         folded = entry.folded if self.keep else None
         if folded is not None:
@@ -250,8 +255,9 @@ class RotationBank:
         self._deferral = Deferral()
         self._outermost: int | None = None
         self._must_scan = True
+        self._unseen: set[tuple[int, str]] = set()
         self._hints: tuple[Any, ...] = ()
-        self._copies: list[Tensor] | None = None
+        self._copies = None
         #: Forward passes that the rotations have served.
         self._passes = 0
 
@@ -276,7 +282,7 @@ class RotationBank:
         if not is_nested:
             self._passes += 1
             for entry in self._entries.values():
-                entry.was_used = False
+                entry.was_seen = entry.was_used = False
 
     def _after(self, root: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -284,6 +290,10 @@ class RotationBank:
                 entry.traced = ()
         elif self._outermost == id(root):
             self._outermost = None
+            # A layer that others stand in for now is not called any more.
+            unseen = {key for key, entry in self._entries.items() if not entry.was_seen}
+            if unseen != self._unseen:
+                self._unseen, self._must_scan = unseen, True
 
     def _scan(self) -> None:
         """Find the layers below the roots and the slots that they use now."""
@@ -298,8 +308,9 @@ class RotationBank:
                     continue
                 key = (id(layer), slot.key)
                 known = self._entries.get(key)
-                same = known is not None and _same(known.slot, slot)
-                found[key] = known if same else _Entry(slot, self._deferral)
+                if known is None or not _same(known.slot, slot):
+                    known = _Entry(slot, self._deferral)
+                found[key] = known
         if found != self._entries:
             self._refuse_pending()
             self._entries = found
@@ -312,7 +323,8 @@ class RotationBank:
         tracked = [p for entry in entries for p in (*entry.slot.rotation, *entry.slot.others)]
         hints = tuple([(p._version, p.requires_grad) for p in tracked])
         with torch.inference_mode(False), torch.no_grad():
-            copies = [torch.cat(group) for group in _grouped(p.detach().reshape(-1) for p in tracked)]
+            flat = [parameter.detach().reshape(-1) for parameter in tracked]
+            copies = [torch.cat(group) for group in _grouped(flat)]
             if _is_capturing():
                 # The graph is replayed with other numbers, which nobody compares.
                 self._copies = None
@@ -395,15 +407,13 @@ def _rotated_layers(root: nn.Module | None) -> list[Any]:
 
 def _is_plain(parameter: Tensor) -> bool:
     """Whether a parameter's numbers can be read here and now."""
-    return not (
-        parameter.is_meta or parameter.is_inference() or hasattr(parameter, "full_tensor")
-    )
+    return not (parameter.is_meta or parameter.is_inference() or hasattr(parameter, "full_tensor"))
 
 
 def _same(known: RotationSlot, slot: RotationSlot) -> bool:
     """Whether two slots hold the very same parameters."""
     return len(known.rotation) == len(slot.rotation) and all(
-        [old is new for old, new in zip(known[1] + known[3], slot[1] + slot[3], strict=True)]
+        old is new for old, new in zip(known[1] + known[3], slot[1] + slot[3], strict=True)
     )
 
 

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spectral_adapters.decomposition import decompose_columns, round_to_dtype, select_columns
-from spectral_adapters.functional import (
-    cayley_factors,
-    low_rank_factors,
-    low_rank_linear,
-)
+from spectral_adapters.functional import low_rank_factors, low_rank_linear
 from spectral_adapters.modules._base import SpectralModule
+from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 
 
 class SpectralAdapterLinear(SpectralModule):
@@ -179,7 +176,7 @@ class SpectralAdapterALinear(SpectralAdapterLinear):
         return low_rank_factors(self.basis, shifts=(self.shift_left, self.shift_right))
 
 
-class SpectralAdapterRLinear(SpectralAdapterLinear):
+class SpectralAdapterRLinear(SpectralAdapterLinear, RotatedLayer):
     """``W' = W0 + U1 (R_U S1 R_V^T - S1) V1^T``: chosen singular vectors are rotated.
 
     Spectral Adapter R (Zhang and Pilanci, NeurIPS 2024) with exact rotations: trained are
@@ -196,9 +193,13 @@ class SpectralAdapterRLinear(SpectralAdapterLinear):
 
     def rotations(self) -> tuple[Tensor, Tensor]:
         """R_U and R_V, orthogonal [r, r]."""
-        r = len(self.columns)
-        left, right = cayley_factors([self.rotation_left, self.rotation_right], (r, r))
+        (left, right), _ = self._rotations(*self.rotation_slots())
         return left, right
+
+    def rotation_slots(self) -> list[RotationSlot]:
+        """Both rotations, for a :class:`spectral_adapters.rotation_bank.RotationBank`."""
+        r = len(self.columns)
+        return [RotationSlot("", (self.rotation_left, self.rotation_right), (r, r))]
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return low_rank_factors(self.basis, rotations=self.rotations())

@@ -26,7 +26,7 @@ from spectral_adapters.functional import (
     without_autocast,
 )
 from spectral_adapters.modules._base import SpectralModule
-from spectral_adapters.planner import PLANS, PlanChoice, choose_plan
+from spectral_adapters.planner import PLANS, PlanChoice, choose_plan, rates_for
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 
 PARAMETRIZATIONS = ("cayley", "stiefel")
@@ -92,6 +92,7 @@ class SODAModule(SpectralModule, RotatedLayer):
             self.factor_sizes = resolve_factors(factors, width, meaning)
 
         self._set_basis(matrix, basis)
+        rates_for(basis.left.device, basis.left.dtype)  # read before anything is traced
         options: dict[str, Any] = {"dtype": basis.left.dtype, "device": weight.device}
         self.delta = nn.Parameter(torch.zeros(rank, **options))
         self.rotation = nn.ParameterList(
@@ -126,9 +127,7 @@ class SODAModule(SpectralModule, RotatedLayer):
 
     def get_delta_weight(self) -> Tensor:
         """``W' - W0`` in the base weight's shape; exactly zero for an untrained layer."""
-        return soda_delta_weight(*self._terms()[:3], **self._method()).reshape(
-            self._weight_shape()
-        )
+        return soda_delta_weight(*self._terms()[:3], **self._method()).reshape(self._weight_shape())
 
     def merged_weight(self) -> Tensor:
         """The dense adapted weight ``W'`` in the base weight's shape, differentiable."""
@@ -142,6 +141,7 @@ class SODAModule(SpectralModule, RotatedLayer):
             self.right.shape[1],
             self.factor_sizes or None,
             plan=self.plan,
+            rates=rates_for(self.left.device, self.left.dtype),
             **self._method(),
         )
 

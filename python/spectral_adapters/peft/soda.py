@@ -33,7 +33,7 @@ from spectral_adapters.peft._layer import (
 )
 from spectral_adapters.peft._model import SpectralModel, pattern_value
 from spectral_adapters.peft._registration import register
-from spectral_adapters.planner import PLANS
+from spectral_adapters.planner import PLANS, rates_for
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 
 Sizes = tuple[int, ...]
@@ -56,9 +56,9 @@ class SODAConfig(SpectralConfig):
         spectrum_activation: "identity", "relu" or "softplus".
         plan: "auto", "factored", "merged" or "tokens", for linear layers; equal values at different
             cost. A convolution is always one convolution with the adapted weight.
-        recompute: for linear layers with ``decomposition="svd"`` and ``rotation="left"``: keep their
-            input for the backward instead of its projection and of anything of the weight's size;
-            one more product, less memory where layers share their input (query, key, value).
+        recompute: for linear layers with ``decomposition="svd"`` and ``rotation="left"``: keep
+            their input for the backward instead of its projection and of anything of the weight's
+            size; one more product, less memory where layers share their input (query, key, value).
 
     Further arguments: :class:`SpectralConfig`.
     """
@@ -176,6 +176,7 @@ class SODALayer(SpectralLayer, RotatedLayer):
 
     def _add_parameters(self, adapter: str, config: SODAConfig) -> None:
         self.factor_sizes[adapter] = self._resolve_factors(config)
+        rates_for(self._new_device(), self._new_options()["dtype"])  # before anything is traced
         sizes = [n for n in self.factor_sizes[adapter] if n > 1]
         options = self._new_options()
         delta = torch.zeros(min(self._matrix_shape()), **options)

@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from spectral_adapters.functional import cayley_factors, low_rank_factors
+from spectral_adapters.functional import low_rank_factors
 from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer
 from spectral_adapters.peft._config import RANDOM_STD
 from spectral_adapters.peft._layer import SpectralConv, SpectralEmbedding, SpectralLinear
 from spectral_adapters.peft._model import SpectralModel
 from spectral_adapters.peft._registration import register
+from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 
 
 @dataclass
@@ -29,7 +30,7 @@ class SpectralAdapterRConfig(ColumnConfig):
     method: ClassVar[str] = "SPECTRAL_ADAPTER_R"
 
 
-class SpectralAdapterRLayer(ColumnLayer):
+class SpectralAdapterRLayer(ColumnLayer, RotatedLayer):
     """Trained: ``spectral_adapter_r_left`` and ``spectral_adapter_r_right``, packed [r(r-1)/2]."""
 
     prefix = "spectral_adapter_r_"
@@ -53,10 +54,18 @@ class SpectralAdapterRLayer(ColumnLayer):
 
     def _low_rank(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         basis = self._basis(adapter, device)
-        r = basis.left.shape[1]
-        packed = [getattr(self, name)[adapter].to(device) for name in self.adapter_layer_names]
-        left, right = (turn.to(basis.left.dtype) for turn in cayley_factors(packed, (r, r)))
+        turned, _ = self._rotations(self._slot(adapter))
+        left, right = [turn.to(device, basis.left.dtype) for turn in turned]
         return low_rank_factors(basis, rotations=(left, right))
+
+    def rotation_slots(self) -> list[RotationSlot]:
+        """The rotations of the active adapters."""
+        return [self._slot(name) for name in self.active_adapters if name in self.configs]
+
+    def _slot(self, adapter: str) -> RotationSlot:
+        r = self.r[adapter]
+        packed = tuple([getattr(self, name)[adapter] for name in self.adapter_layer_names])
+        return RotationSlot(adapter, packed, (r, r))
 
 
 class Linear(SpectralLinear, SpectralAdapterRLayer):

@@ -93,6 +93,7 @@ def test_import_is_free():
 
 def test_export_lists_are_frozen():
     assert sorted(spectral_adapters.__all__) == [
+        "RotationBank",
         "SODAConv2d",
         "SODALinear",
         "SVDiffLinear",

@@ -9,8 +9,10 @@ from spectral_adapters.modules import (
     SVDiffLinear,
 )
 from spectral_adapters.optim import StiefelAdam, StiefelSGD
+from spectral_adapters.rotation_bank import RotationBank
 
 __all__ = [
+    "RotationBank",
     "SODAConv2d",
     "SODALinear",
     "SVDiffLinear",

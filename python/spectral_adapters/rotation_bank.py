@@ -126,10 +126,10 @@ class RotationBank:
 
     @classmethod
     def attach(cls, model: nn.Module, **options: Any) -> RotationBank:
-        """Give a model a bank; the one it has already is kept, with these options.
+        """Give a model a bank; one that it or a part of it has already is kept, with these options.
 
         Args:
-            model: its ``forward`` is what a bank works during. Nested roots share one bank.
+            model: its ``forward`` is what a bank works during.
             options: of :class:`RotationBank`.
 
         Raises:
@@ -140,37 +140,38 @@ class RotationBank:
         bank = cls.of(model)
         if bank is None:
             bank = cls(**options)
-            bank.add_root(model)
         else:
             now = {"keep": bank.keep, "accumulation_steps": bank.accumulation_steps}
             fresh = cls(**{**now, **options})
             bank.keep, bank.accumulation_steps = fresh.keep, fresh.accumulation_steps
-            bank._must_scan = True
+        bank.add_root(model)
         return bank
 
     @staticmethod
     def of(model: nn.Module) -> RotationBank | None:
-        """The bank whose root is ``model``, or None."""
-        for hook in model._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, RotationBank):
-                return owner
+        """The bank of a model, or else of the first of its parts that has one; None without."""
+        for module in model.modules():
+            bank = _bank_at(module)
+            if bank is not None:
+                return bank
         return None
 
     def add_root(self, model: nn.Module) -> None:
         """Work during the forward of ``model`` too, which holds layers of this bank."""
-        if RotationBank.of(model) is not self:
+        if _bank_at(model) is not self:
             model.register_forward_pre_hook(self._before)
             model.register_forward_hook(self._after, always_call=True)
             self._roots.append(weakref.ref(model))
         self._scan()
 
     def detach(self, model: nn.Module) -> None:
-        """Take the bank off a root again; its layers compute their own rotations from then on."""
-        for hooks in (model._forward_pre_hooks, model._forward_hooks):
-            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                del hooks[key]
-                model._forward_hooks_always_called.pop(key, None)
+        """Take the bank off a model and its parts; its layers compute their own rotations then."""
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    if getattr(hook, "__self__", None) is self:
+                        del hooks[key]
+                        module._forward_hooks_always_called.pop(key, None)
         for layer in _rotated_layers(model):
             if layer._rotation_bank is self:
                 layer._rotation_bank = None
@@ -214,8 +215,10 @@ class RotationBank:
         if entry is None or not _same(entry.slot, slot):
             self._must_scan = True
             return None
-        if not entry.values:
+        if self._copies is None or (recomputing and not entry.values):
             return None
+        if not self._is_computed:
+            self._compute()
         entry.was_seen = True
         differentiable = torch.is_grad_enabled() and any(
             parameter.requires_grad for parameter in slot.rotation
@@ -258,6 +261,7 @@ class RotationBank:
         self._unseen: set[tuple[int, str]] = set()
         self._hints: tuple[Any, ...] = ()
         self._copies = None
+        self._is_computed = self._was_capturing = False
         #: Forward passes that the rotations have served.
         self._passes = 0
 
@@ -318,30 +322,34 @@ class RotationBank:
         self._must_scan = False
 
     def _refresh(self) -> None:
-        """Compute all rotations anew unless every number is what it was."""
+        """Have all rotations computed anew unless every number is what it was."""
         entries = self._entries.values()
         tracked = [p for entry in entries for p in (*entry.slot.rotation, *entry.slot.others)]
-        hints = tuple([(p._version, p.requires_grad) for p in tracked])
+        hints = tuple([(p._version, p.requires_grad, p.device, p.dtype) for p in tracked])
         with torch.inference_mode(False), torch.no_grad():
             flat = [parameter.detach().reshape(-1) for parameter in tracked]
             copies = [torch.cat(group) for group in _grouped(flat)]
-            if _is_capturing():
-                # The graph is replayed with other numbers, which nobody compares.
-                self._copies = None
-            elif (
+            is_capturing = _is_capturing()
+            if (
                 self._copies is not None
                 and hints == self._hints
+                # A CUDA graph is replayed with other numbers, which nobody compares then.
+                and not (is_capturing or self._was_capturing)
                 and all(map(torch.equal, copies, self._copies))
             ):
                 return
-            else:
-                self._copies = copies
-            self._hints = hints
+            self._copies, self._hints, self._was_capturing = copies, hints, is_capturing
             self._refuse_pending()
             self._passes = 0
-            self._compute()
+            self._is_computed = False
+            for entry in entries:
+                entry.values = entry.graph = ()
+                entry.folded.rotated = entry.folded.weight = None
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _compute(self) -> None:
+        """Compute the rotations: when the first of them is asked for."""
         for group in _by_device(self._entries.values()):
             packed = [p.detach() for entry in group for p in entry.slot.rotation]
             sizes = [n for entry in group for n in entry.slot.sizes or ()]
@@ -352,8 +360,7 @@ class RotationBank:
         for entry in self._entries.values():
             if entry.slot.sizes is None:
                 entry.values = tuple([factor.detach() for factor in entry.slot.rotation])
-            entry.graph = ()
-            entry.folded.rotated = entry.folded.weight = None
+        self._is_computed = True
 
     def _make_graph(self) -> None:
         """Rotations with a gradient, for all entries: one node per device."""
@@ -399,6 +406,12 @@ class RotationBank:
 
 def _restored(keep: bool, accumulation_steps: int) -> RotationBank:
     return RotationBank(keep=keep, accumulation_steps=accumulation_steps)
+
+
+def _bank_at(module: nn.Module) -> RotationBank | None:
+    """The bank whose hook a module has."""
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return next((owner for owner in owners if isinstance(owner, RotationBank)), None)
 
 
 def _rotated_layers(root: nn.Module | None) -> list[Any]:

@@ -4,9 +4,12 @@ import copy
 import pickle
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -560,3 +563,107 @@ def test_a_rotation_alone_uses_the_weight_itself():
     layer.configs["default"].plan = "merged"
     assert relative_error(changed, model(tokens())) < 1e-5
     assert relative_error(changed, expected) > 1e-2
+
+
+@lru_cache(maxsize=1)
+def _template():
+    return Model()
+
+
+STEPS = (
+    "train",
+    "train twice",
+    "two forwards",
+    "evaluate",
+    "inference mode",
+    "step",
+    "write data",
+    "write in place",
+    "replace data",
+    "load",
+    "freeze",
+    "unfreeze",
+    "checkpoint",
+    "reentrant",
+    "no checkpoint",
+    "plan",
+    "recompute",
+    "keep",
+    "call a layer",
+    "fail",
+    "copy",
+    "replace a layer",
+    "deferred",
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 11)), min_size=3, max_size=25))
+def test_any_life_of_a_model_is_that_of_one_without_a_bank(life):
+    with_bank, plain = copy.deepcopy(_template()), copy.deepcopy(_template())
+    RotationBank.attach(with_bank)
+    for step, number in life:
+        if step == "keep":
+            RotationBank.of(with_bank).keep = number % 2 == 0
+        elif step == "copy":  # without the gradients
+            with_bank, plain = copy.deepcopy(with_bank), copy.deepcopy(plain)
+        if step == "deferred":
+            with RotationBank.of(with_bank).accumulate():
+                with_bank(tokens(number)).square().sum().backward()
+            plain(tokens(number)).square().sum().backward()
+            step = "train"
+        for model in (with_bank, plain):
+            _live(model, step, number)
+        found = [p.grad for p in trained(with_bank)]
+        expected = [p.grad for p in trained(plain)]
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or relative_error(a, b) < 1e-3, step
+    assert relative_error(with_bank(tokens(1)), plain(tokens(1))) < 1e-4
+
+
+def _live(model, step, number):
+    """One thing that happens to a model; ``number`` says which part of it."""
+    layer, x = model.layers[number % 3], tokens(number)
+    parameters = trained(model)
+    parameter = parameters[number % len(parameters)] if parameters else None
+    if step in ("train", "train twice"):
+        for _ in range(2 if "twice" in step else 1):
+            model(x).square().sum().backward()
+    elif step == "two forwards":
+        (model(x).sum() + model(tokens(number + 1)).square().sum()).backward()
+    elif step == "evaluate":
+        with torch.no_grad():
+            model(x)
+    elif step == "inference mode":
+        with torch.inference_mode():
+            model(x.detach())
+    elif step == "step":
+        torch.optim.SGD(parameters, lr=1e-4).step()
+        model.zero_grad()
+    elif step == "write data":
+        parameter.data.add_(0.01)
+    elif step == "write in place":
+        with torch.no_grad():
+            parameter.mul_(0.9)
+    elif step == "replace data":
+        parameter.data = parameter.data * 1.1
+    elif step == "load":
+        state = {key: value * 0.9 for key, value in model.state_dict().items() if "delta" in key}
+        model.load_state_dict(state, strict=False)
+    elif step in ("freeze", "unfreeze"):
+        layer.delta.requires_grad_(step == "unfreeze")
+        layer.rotation[0].requires_grad_(step == "unfreeze")
+    elif step in ("checkpoint", "reentrant", "no checkpoint"):
+        model.reentrant = {"checkpoint": False, "reentrant": True, "no checkpoint": None}[step]
+    elif step == "plan":
+        layer.plan = ("tokens", "factored", "merged", "auto")[number % 4]
+    elif step == "recompute":
+        layer.recompute = number % 2 == 0
+    elif step == "call a layer":
+        layer(x).square().sum().backward()
+    elif step == "fail":
+        with pytest.raises(ValueError):
+            model(torch.randn(3, 5))
+    elif step == "replace a layer":
+        model.layers[number % 3] = copy.deepcopy(layer)

@@ -70,7 +70,7 @@ def test_plans_of_a_right_rotation():
 
 def test_a_rotation_alone_costs_two_products():
     n, right = 4096, {"decomposition": "svd", "rotation": "right", "has_base": True}
-    options = {"fixed_spectrum": True, "keeps": True}
+    options = {"fixed_spectrum": True}
     costs = plan_costs(10**5, n, n, (64, 64), **right, **options)
     assert costs["tokens"] == pytest.approx(2.2, rel=0.1)
     assert choose_plan(10**5, n, n, (64, 64), **right, **options).name == "tokens"
@@ -80,7 +80,7 @@ def test_a_rotation_alone_costs_two_products():
 def test_shared_builds_cost_their_share():
     n, factors = 1280, (32, 40)
     once = plan_costs(n, n, n, factors, **LEFT)
-    shared = plan_costs(n, n, n, factors, **LEFT, uses=4, keeps=True)
+    shared = plan_costs(n, n, n, factors, **LEFT, uses=4)
     assert once["merged"] - shared["merged"] == pytest.approx(0.75 * 2, rel=0.2)
     assert shared["factored"] < once["factored"] and shared["tokens"] == once["tokens"]
     assert choose_plan(n, n, n, factors, **LEFT).name != "merged"

@@ -233,17 +233,20 @@ def test_stiefel_factors_keep_their_basis_too():
     assert calls.count["rotated_linear_fwd"] == 1 and not calls.count["cayley_fwd"]
 
 
-def test_inference_builds_the_weight_once_and_then_uses_it(calls_are_free):
-    model = Model()
+@pytest.mark.parametrize("plan", ["auto", "tokens", "factored", "merged"])
+def test_inference_builds_once_and_gives_equal_bits(plan, calls_are_free):
+    model = Model(plan)
     RotationBank.attach(model)
     expected = Model()(tokens())
     with torch.no_grad(), Calls() as calls:
-        for _ in range(50):
-            y = model(tokens(rows=30))
-    assert relative_error(y, expected) < 1e-5
+        outputs = [model(tokens()) for _ in range(5)]
+    assert relative_error(outputs[0], expected) < 1e-5
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
     assert calls.count["cayley_fwd"] == 1
-    assert calls.count["kron_rotate"] + calls.count["rotated_linear_fwd"] <= 3 * 50 / 2
-    assert all(entry.folded.weight is not None for entry in _soda_entries(model))
+    if plan == "merged":
+        assert calls.count["kron_rotate"] == 3 and not calls.count["rotated_linear_fwd"]
+    if plan == "factored":
+        assert calls.count["rotated_linear_fwd"] == 3
 
 
 def test_what_inference_mode_made_serves_training():
@@ -565,6 +568,26 @@ def test_a_rotation_alone_uses_the_weight_itself():
     assert relative_error(changed, expected) > 1e-2
 
 
+def test_convolutions_and_embeddings_are_built_once_for_inference():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 6), nn.Conv1d(5, 4, 3), nn.Conv1d(4, 4, 1, groups=2))
+    from spectral_adapters.peft import SODAConfig
+
+    config = SODAConfig(target_modules=["0", "1", "2"], init_weights=False)
+    model = peft.get_peft_model(model, config)
+    x = torch.arange(15).reshape(3, 5) % 10
+    expected = model(x).detach()
+    with torch.no_grad(), Calls() as calls:
+        for _ in range(4):
+            assert relative_error(model(x), expected) < 1e-5
+    assert calls.count["kron_rotate"] == 3
+    with torch.no_grad():
+        model.base_model.model[1].soda_delta["default"].data.add_(0.1)
+        assert relative_error(model(x), expected) > 1e-3
+        changed = model(x)
+    assert relative_error(changed, model(x)) < 1e-5
+
+
 @lru_cache(maxsize=1)
 def _template():
     return Model()
@@ -616,9 +639,11 @@ def test_any_life_of_a_model_is_that_of_one_without_a_bank(life):
             _live(model, step, number)
         found = [p.grad for p in trained(with_bank)]
         expected = [p.grad for p in trained(plain)]
+        assert [grad is None for grad in found] == [grad is None for grad in expected]
+        largest = max([float(grad.abs().max()) for grad in expected if grad is not None] or [0.0])
         for a, b in zip(found, expected, strict=True):
-            assert (a is None) == (b is None)
-            assert a is None or relative_error(a, b) < 1e-3, step
+            # Some gradients are sums in which all but a little cancels.
+            assert a is None or float((a - b).abs().max()) <= 1e-5 * largest, step
     assert relative_error(with_bank(tokens(1)), plain(tokens(1))) < 1e-4
 
 

@@ -59,7 +59,9 @@ class CayleyFunction(torch.autograd.Function):
     """Packed skew parameters of a whole model to rotations, as one node of the graph.
 
     Inputs: ``sizes`` (tuple of ints) and per batch ``packed`` [B_i, n_i(n_i-1)/2] or, for a single
-    rotation, [n_i(n_i-1)/2]; outputs [B_i, n_i, n_i] or [n_i, n_i]. Saves the rotations only.
+    rotation, [n_i(n_i-1)/2]; outputs [B_i, n_i, n_i] or [n_i, n_i]. Keeps the rotations only, and
+    not through ``save_for_backward``: a checkpoint must find the same saved tensors when it
+    recomputes, and by then another may have computed the rotations (:class:`SharedCayleyFunction`).
     """
 
     @staticmethod
@@ -68,20 +70,30 @@ class CayleyFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*output)
+        ctx.is_traced = torch.compiler.is_compiling()
+        if ctx.is_traced:
+            ctx.save_for_backward(*output)
+        else:
+            ctx.rotations = [rotation.detach() for rotation in output]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        results: list[Tensor | None] = [None] * len(grads)
-        rotations = ctx.saved_tensors
-        packed_grads = raw(
-            _ops.cayley_bwd, [grads[i] for i in wanted], [rotations[i] for i in wanted]
-        )
-        for i, grad in zip(wanted, packed_grads, strict=True):
-            results[i] = grad
-        return None, *results
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        rotations = ctx.saved_tensors if ctx.is_traced else ctx.rotations
+        return None, *_cayley_gradients(grads, rotations, ctx.needs_input_grad[1:])
+
+
+def _cayley_gradients(
+    grads: Sequence[Tensor | None], rotations: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of packed parameters by one call; None where none is needed or came."""
+    wanted = [i for i, grad in enumerate(grads) if grad is not None and needed[i]]
+    results: list[Tensor | None] = [None] * len(grads)
+    found = raw(_ops.cayley_bwd, [grads[i] for i in wanted], [rotations[i] for i in wanted])
+    for i, grad in zip(wanted, found, strict=True):
+        results[i] = grad
+    return results
 
 
 class SharedCayleyFunction(torch.autograd.Function):
@@ -107,15 +119,12 @@ class SharedCayleyFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        wanted = [i for i, grad in enumerate(grads) if grad is not None and needed[i]]
-        results: list[Tensor | None] = [None] * len(grads)
-        packed_grads = raw(
-            _ops.cayley_bwd, [grads[i] for i in wanted], [ctx.rotations[i] for i in wanted]
+        found = _cayley_gradients(grads, ctx.rotations, ctx.needs_input_grad[1:])
+        cast = (
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip(found, ctx.dtypes, strict=True)
         )
-        for i, grad in zip(wanted, packed_grads, strict=True):
-            results[i] = grad.to(ctx.dtypes[i])
-        return None, *results
+        return None, *cast
 
 
 class KronRotateFunction(torch.autograd.Function):
@@ -332,10 +341,13 @@ class SODALinearFunction(torch.autograd.Function):
         _, z, made = output
         ctx.mark_non_differentiable(*(extra for extra in (z, made) if extra is not None))
         ctx.set_materialize_grads(False)
-        kept = None
+        # Its keeper's, and so not among what a checkpoint counts: there may be a keeper by the time
+        # it recomputes.
+        ctx.rotated = None
         if keep and not ctx.on_tokens:
-            kept = made if rotated is None else rotated
-        ctx.save_for_backward(x if recompute else None, z, scale, left, right, bias, kept, *factors)
+            rotated = made if rotated is None else rotated
+            ctx.rotated = None if rotated is None else rotated.detach()
+        ctx.save_for_backward(x if recompute else None, z, scale, left, right, bias, *factors)
 
     @staticmethod
     @once_differentiable
@@ -345,7 +357,8 @@ class SODALinearFunction(torch.autograd.Function):
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad is None:
             return tuple(results)
-        x, z, scale, left, right, bias, rotated, *factors = ctx.saved_tensors
+        x, z, scale, left, right, bias, *factors = ctx.saved_tensors
+        rotated = ctx.rotated
         if needs_bias:
             results[4] = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
         needs_sums = needs_scale or any(needs_factors)

@@ -311,7 +311,7 @@ def soda_linear(
     out_dtype, work_dtype = product_dtypes(x, basis.left)
     out_features, in_features = basis.left.shape[0], basis.right.shape[1]
     sizes = None if factors is None else tuple(factor.shape[0] for factor in factors)
-    fixed_spectrum = not (torch.is_grad_enabled() and spectrum.requires_grad)
+    fixed_spectrum = folded is not None and not (torch.is_grad_enabled() and spectrum.requires_grad)
     # Tracing cannot see into a cache, and would warn of it.
     choose = choose_plan if torch.compiler.is_compiling() else remembered_plan
     name = choose(
@@ -324,7 +324,6 @@ def soda_linear(
         plan=plan,
         backward=torch.is_grad_enabled(),
         uses=1 if folded is None else folded.uses,
-        keeps=folded is not None and not recompute,
         has_base=base_weight is not None,
         fixed_spectrum=fixed_spectrum,
         rates=rates_for(x.device, work_dtype),
@@ -337,14 +336,8 @@ def soda_linear(
         x = x.to(work_dtype)
         if bias is not None:
             bias = bias.to(work_dtype)
-        if (
-            name == "tokens"
-            and rotation == "right"
-            and fixed_spectrum
-            and folded is not None
-            and base_weight is not None
-        ):
-            assert factors is not None
+        if name == "tokens" and rotation == "right" and fixed_spectrum and base_weight is not None:
+            assert factors is not None and folded is not None
             weight = _spectrum_only_weight(basis, spectrum, decomposition, base_weight, folded)
             turned = kron_rotate(x, factors, orthogonal=True)
             y = linear(turned, weight.to(work_dtype), bias)

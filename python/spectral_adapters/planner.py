@@ -87,7 +87,6 @@ def plan_costs(
     rotation: str | None,
     backward: bool = True,
     uses: int = 1,
-    keeps: bool = False,
     has_base: bool = False,
     fixed_spectrum: bool = False,
     rates: Rates = DEFAULT_RATES["cpu"],
@@ -102,10 +101,9 @@ def plan_costs(
         rotation: ``"left"``, ``"right"`` or None.
         backward: count the backward pass too (training) or the forward alone.
         uses: forward passes that share one build, as in gradient accumulation.
-        keeps: the rotated basis is kept between forward and backward.
         has_base: the base weight itself is there and need not be multiplied from its factors.
-        fixed_spectrum: the spectrum is not trained, and where the base weight is there, the weight
-            with this spectrum is kept: a right rotation of the tokens and one dense product.
+        fixed_spectrum: the spectrum is not trained and the weight with it is kept, if the base
+            weight is there: a right rotation of the tokens then needs one dense product.
         rates: what work other than large GEMMs costs.
 
     Raises:
@@ -124,10 +122,12 @@ def plan_costs(
         operations = 2.0 * width * sum(factors)
         turn, gram = operations * rates.rotation, operations * rates.gram
 
-    once_dense = rotation == "right" and has_base and fixed_spectrum and keeps
+    once_dense = rotation == "right" and has_base and fixed_spectrum
     token_products = unit if once_dense else products
     basis_rows = out_features if rotation == "left" else rank
-    again = 0 if keeps else min(tokens, basis_rows)
+    # The backward rotates the tokens' gradients or the basis again, or finds it kept; not counted
+    # as kept, so that a layer takes equal plans with and without a bank.
+    again = min(tokens, basis_rows)
     builds = 1.0
     if decomposition == "qr" and rotation == "right":
         # W0 + diag(delta) Q is elementwise; only a layer that has no W0 pays one product for it.
@@ -164,7 +164,6 @@ def choose_plan(
     plan: str = "auto",
     backward: bool = True,
     uses: int = 1,
-    keeps: bool = False,
     has_base: bool = False,
     fixed_spectrum: bool = False,
     rates: Rates = DEFAULT_RATES["cpu"],
@@ -186,7 +185,6 @@ def choose_plan(
         rotation=rotation,
         backward=backward,
         uses=uses,
-        keeps=keeps,
         has_base=has_base,
         fixed_spectrum=fixed_spectrum,
         rates=rates,

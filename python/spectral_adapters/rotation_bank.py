@@ -225,7 +225,8 @@ class RotationBank:
         )
         folded = entry.folded if self.keep else None
         if folded is not None:
-            folded.uses = self.accumulation_steps if torch.is_grad_enabled() else self._passes
+            # Never by what was called before: equal calls give equal bits.
+            folded.uses = self.accumulation_steps if torch.is_grad_enabled() else 1
         if not differentiable:
             return entry.values, folded
         if recomputing and not entry.was_used:
@@ -262,8 +263,6 @@ class RotationBank:
         self._hints: tuple[Any, ...] = ()
         self._copies = None
         self._is_computed = self._was_capturing = False
-        #: Forward passes that the rotations have served.
-        self._passes = 0
 
     def _before(self, root: nn.Module, args: Any) -> None:
         """Bring the rotations up to date at the start of a root's forward."""
@@ -284,7 +283,6 @@ class RotationBank:
             self._scan()
         self._refresh()
         if not is_nested:
-            self._passes += 1
             for entry in self._entries.values():
                 entry.was_seen = entry.was_used = False
 
@@ -340,7 +338,6 @@ class RotationBank:
                 return
             self._copies, self._hints, self._was_capturing = copies, hints, is_capturing
             self._refuse_pending()
-            self._passes = 0
             self._is_computed = False
             for entry in entries:
                 entry.values = entry.graph = ()

@@ -249,6 +249,20 @@ class SODALayer(SpectralLayer, RotatedLayer):
         basis, term, factors, _ = self._terms(adapter, device)
         return soda_delta_weight(basis, term, factors, **self._method(adapter))
 
+    def _with_kept_weight(self, x: Tensor, adapter: str) -> Tensor | None:
+        """The adapted layer without gradients, by a weight that serves several forward passes."""
+        if torch.is_grad_enabled():
+            return None
+        basis, term, factors, folded = self._terms(adapter, x.device)
+        if folded is None:
+            return None
+        base = self._base_weight
+        folded.adopt(basis, base)
+        if folded.weight is None:
+            delta = soda_delta_weight(basis, term, factors, **self._method(adapter))
+            folded.weight = base + self._as_weight(delta)
+        return self._use(x, folded.weight, getattr(self.base_layer, "bias", None))
+
 
 class Linear(SpectralLinear, SODALayer):
     """SODA on ``nn.Linear`` and ``Conv1D``."""
@@ -274,9 +288,13 @@ class Linear(SpectralLinear, SODALayer):
 class Conv(SpectralConv, SODALayer):
     """SODA on ``nn.Conv1d``, ``2d`` and ``3d``, grouped ones included."""
 
+    _replace_base = SODALayer._with_kept_weight
+
 
 class Embedding(SpectralEmbedding, SODALayer):
     """SODA on ``nn.Embedding``."""
+
+    _replace_base = SODALayer._with_kept_weight
 
 
 class SODAModel(SpectralModel):

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,7 @@ from spectral_adapters.diffusers import save_adapter
 from spectral_adapters.optim import StiefelAdam
 from spectral_adapters.personalize.data import Pictures
 from spectral_adapters.personalize.settings import LEARNING_RATES, Settings, UsageError
+from spectral_adapters.rotation_bank import RotationBank
 
 STATE = "state"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -293,6 +295,9 @@ class Trainer:
         if settings.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         self.denoiser, self.optimizer = accelerator.prepare(Denoiser(pipe.unet), optimizer)
+        self.bank = RotationBank.of(pipe.unet)
+        if self.bank is not None:
+            self.bank.accumulation_steps = settings.gradient_accumulation
         accelerator.register_for_checkpointing(self.progress)
         accelerator.register_save_state_pre_hook(self._save_trained)
         accelerator.register_load_state_pre_hook(self._load_trained)
@@ -389,13 +394,18 @@ class Trainer:
     def _gradients(self, step: int) -> float:
         """Accumulate the gradients of one step; return its loss, averaged over processes."""
         total = 0.0
-        for micro in range(self.settings.gradient_accumulation):
-            with self.accelerator.accumulate(self.denoiser):
+        parts = self.settings.gradient_accumulation
+        for micro in range(parts):
+            with self.accelerator.accumulate(self.denoiser), self._deferring(micro < parts - 1):
                 loss = self._loss(step, micro)
                 self.accelerator.backward(loss)
                 gathered = self.accelerator.gather(loss.detach().reshape(1))
                 total += float(gathered.mean()) / self.settings.gradient_accumulation
         return total
+
+    def _deferring(self, enabled: bool) -> AbstractContextManager[None]:
+        """Contract the gradients of merged weights once per step, where there are any."""
+        return nullcontext() if self.bank is None else self.bank.accumulate(enabled)
 
     def _step(self, step: int) -> None:
         if self.settings.max_grad_norm:

@@ -44,6 +44,9 @@ def define_op(
 ) -> None:
     """Declare ``spectral::<schema>`` with its reference and its fake.
 
+    The version counters of arguments that the schema says are written to are counted up, as those
+    of PyTorch's own in-place ops are: autograd and caches rely on them.
+
     Args:
         schema: the op's schema without the namespace, e.g. ``"f(Tensor x) -> Tensor"``.
         reference: plain PyTorch implementation with the schema's signature.
@@ -56,6 +59,8 @@ def define_op(
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, _autograd_guard(name, public_function), "Autograd", with_keyset=True)
+    if getattr(getattr(torch.ops, NAMESPACE), name).default._schema.is_mutable:
+        LIBRARY.impl(name, _version_counter(name), "ADInplaceOrView", with_keyset=True)
     OPS[name] = OpSpec(name, schema, reference, public_function)
 
 
@@ -72,3 +77,19 @@ def _autograd_guard(name: str, public_function: str) -> Callable[..., Any]:
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     return guard
+
+
+def _version_counter(name: str) -> Callable[..., Any]:
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    written = [
+        index
+        for index, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+    def count(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        for index in written:
+            torch.autograd.graph.increment_version(args[index])
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return count

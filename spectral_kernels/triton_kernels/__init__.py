@@ -15,7 +15,9 @@ LIMITS = (
     "run on the reference"
 )
 
-__all__ = ["LIMITS", "register", "supports"]
+STIEFEL_LIMITS = f"float64 and matrices above {MAX_AXIS} run on the reference"
+
+__all__ = ["LIMITS", "STIEFEL_LIMITS", "register", "supports"]
 
 
 def register(library: torch.library.Library) -> None:

@@ -332,6 +332,8 @@ def _group(params: list[nn.Parameter], manifold: bool, lr: float | None) -> dict
 
 
 def _by_device(params: list[Tensor]) -> list[list[Tensor]]:
+    if len({parameter.device for parameter in params}) == 1:
+        return [params]
     batches: dict[torch.device, list[Tensor]] = {}
     for parameter in params:
         batches.setdefault(parameter.device, []).append(parameter)

@@ -132,28 +132,38 @@ def check_stiefel(
                 f"{name} must have one entry per factor, {len(factors)}; got {len(tensors)}"
             )
     for i, factor in enumerate(factors):
-        shape = tuple(factor.shape)
-        if factor.dim() not in (2, 3) or shape[-1] != shape[-2]:
-            raise ValueError(f"factors[{i}] must have shape [B, n, n] or [n, n]; got {shape}")
+        if factor.dim() not in (2, 3) or factor.shape[-1] != factor.shape[-2]:
+            raise ValueError(
+                f"factors[{i}] must have shape [B, n, n] or [n, n]; got {tuple(factor.shape)}"
+            )
         if factor.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"factors[{i}] must be float32 or float64; got {factor.dtype}")
-        for name, tensors in beside.items():
-            if tensors is None:
-                continue
-            tensor, expected, dtype = tensors[i], factor.shape, factor.dtype
-            if name == "steps":
-                expected, dtype = torch.Size([]), torch.float32
-            if tensor.shape != expected or tensor.layout != torch.strided:
+    matrices = [_facts(factor) for factor in factors]
+    for name, tensors in beside.items():
+        expected = matrices
+        if name == "steps":
+            expected = [(torch.Size([]), torch.float32, *fact[2:]) for fact in matrices]
+        # Compared as lists first: a model has thousands of these tensors.
+        if tensors is None or [_facts(tensor) for tensor in tensors] == expected:
+            continue
+        for i, (tensor, (shape, dtype, device, _)) in enumerate(
+            zip(tensors, expected, strict=True)
+        ):
+            if tensor.shape != shape or tensor.layout != torch.strided:
                 raise ValueError(
-                    f"{name}[{i}] must be dense with shape {tuple(expected)}; got layout "
+                    f"{name}[{i}] must be dense with shape {tuple(shape)}; got layout "
                     f"{tensor.layout}, shape {tuple(tensor.shape)}"
                 )
             if tensor.dtype != dtype:
                 raise TypeError(f"{name}[{i}] must be {dtype}; got {tensor.dtype}")
-            if tensor.device != factor.device:
+            if tensor.device != device:
                 raise ValueError(
-                    f"{name}[{i}] must be on {factor.device} like its factor; got {tensor.device}"
+                    f"{name}[{i}] must be on {device} like its factor; got {tensor.device}"
                 )
+
+
+def _facts(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device, torch.layout]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 def adam_bound(lr: float, beta1: float, beta2: float, n: int) -> float:

@@ -204,8 +204,8 @@ _GRAM_TABLE: _Table = (
     ((3, None), (8192, 16, 2, 128)),
 )
 
-# size up to -> tile, options. A tile of 64 leaves one program per multiprocessor, one of 32 five,
-# which pays where one tile of 64 would be mostly padding.
+# size up to -> tile, options. The registers of a tile of 64 leave one program per multiprocessor,
+# those of 32 leave four.
 _STIEFEL_TABLE: _Table = (
     ((16,), (16, 2, 1, None)),
     ((64,), (32, 4, 1, 128)),

@@ -316,6 +316,20 @@ def test_resume_to_the_bit(optimizer: Callable[..., Any], carrier: str) -> None:
 
 
 @OPTIMIZERS
+def test_deep_copies(optimizer: Callable[..., Any]) -> None:
+    """A copy steps its own parameters, to the bit as the original steps its."""
+    params, opt = mixed_setup(optimizer)
+    run_steps(opt, params, random_grads(params, 2))
+    copied = copy.deepcopy(opt)
+    others = [p for group in copied.param_groups for p in group["params"]]
+    grads = random_grads(params, 2)
+    run_steps(opt, params, grads)
+    run_steps(copied, others, grads)
+    assert not {id(p) for p in params} & {id(p) for p in others}
+    assert all(map(torch.equal, params, others))
+
+
+@OPTIMIZERS
 def test_state_is_per_parameter(optimizer: Callable[..., Any]) -> None:
     params, opt = mixed_setup(optimizer)
     run_steps(opt, params, random_grads(params, 1))

@@ -307,10 +307,10 @@ class TestStiefel:
 
     def test_stays_on_the_manifold(self, poison):
         lists = stiefel_oracle.problem([(20, 20), (33, 33)], torch.float32)
-        for _ in range(10):
+        for _ in range(4):
             stiefel.stiefel_adam_(*lists, 1e-1, 0.9, 0.99, 1e-8, -1.0)
         assert max(map(stiefel_oracle.orthogonality_error, lists[0])) <= 2e-6
-        assert [float(step) for step in lists[4]] == [10, 11]
+        assert [float(step) for step in lists[4]] == [4, 5]
 
     def test_a_nan_stays_in_its_matrix(self, poison):
         lists = stiefel_oracle.problem([(2, 20, 20), (6, 6)], torch.float32)

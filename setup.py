@@ -40,6 +40,7 @@ CPU_SOURCES = (
     "csrc/simd_avx512.cpp",
     "csrc/simd_baseline.cpp",
     "csrc/simd_level.cpp",
+    "csrc/stiefel_cpu.cpp",
 )
 CUDA_SOURCES = ("csrc/cayley_cuda.cu", "csrc/cayley_cuda_binding.cpp")
 HEADERS = tuple(
@@ -55,7 +56,10 @@ HEADERS = tuple(
         "kron_cpu_kernels.h",
         "kron_cpu_ops.h",
         "simd_level.h",
+        "simd_matrix.h",
         "simd_vector.h",
+        "stiefel_cpu.h",
+        "stiefel_cpu_kernels.h",
     )
 )
 # What makes an Extension a CPU or a CUDA one; its name, which setuptools keeps books on, stays.
@@ -211,7 +215,8 @@ def _is_gcc(compiler: str) -> bool:
 def _extension(target: str) -> Any:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, get_cxx_compiler
 
-    cxx_flags = ["-O3", "-g0", "-fvisibility=hidden"]
+    # No errno for a negative square root: with it, roots are taken one by one.
+    cxx_flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
     if sys.platform == "linux" and _is_gcc(get_cxx_compiler()):
         # ATen's parallel_for is a template and runs on one thread without this. Not passed to the
         # linker: the calls resolve to the OpenMP runtime that libtorch_cpu has loaded, where a

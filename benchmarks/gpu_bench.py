@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from measure import measure
 from providers import CAYLEY_PROVIDERS, SODA_PROVIDERS, CayleyCase, SODACase
+from stiefel_providers import SDXL, STIEFEL_PROVIDERS, StiefelCase
 from torch import Tensor
 
 from spectral_kernels import backend_report
@@ -276,11 +277,13 @@ def entries(device: str, smoke: bool) -> Iterator[Entry]:
 
 
 def steps(device: str, smoke: bool) -> Iterator[tuple[str, dict[str, Callable], Any]]:
-    """Whole steps, from the shared providers: fp32, forward and backward."""
+    """Whole steps, from the shared providers: fp32, forward and backward or the optimizer's."""
     if smoke:
         yield "cayley", CAYLEY_PROVIDERS, CayleyCase(3, 8, True, device)
+        yield "stiefel", STIEFEL_PROVIDERS, StiefelCase(((2, 5), (3, 20)), device)
         yield "soda", SODA_PROVIDERS, SODACase(64, 32, device)
         return
+    yield "stiefel", STIEFEL_PROVIDERS, StiefelCase(SDXL, device)
     for count, n in ((48, 32), (48, 40), (96, 64), (24, 128)):
         yield "cayley", CAYLEY_PROVIDERS, CayleyCase(count, n, True, device)
     for n, tokens in ((640, 4096), (1280, 308), (1280, 4096), (2048, 8192)):

@@ -32,13 +32,15 @@ GRAM = (
     (64, 64), (100, 7), (96, 100), (128, 128), (16, 16, 16), (13, 17, 11), (20, 20, 20),
     (16, 16, 32), (32, 32, 32), (31, 29, 30),
 )  # fmt: skip
+STIEFEL = ((16,), (64,), (128,))
 
 
 def variants() -> list[Variant]:
-    """Every factor sizes, data type and option of both ops."""
+    """Every factor sizes, data type and option of the ops."""
     rotate = itertools.product(["kron_rotate"], ROTATE, DTYPES, [False, True], [False, True])
     gram = itertools.product(["kron_gram"], GRAM, DTYPES, [False], [False, True])
-    return [Variant(*case) for case in (*rotate, *gram)]
+    stiefel = itertools.product(["stiefel_adam", "stiefel_sgd"], STIEFEL, [torch.float32])
+    return [Variant(*case) for case in (*rotate, *gram, *stiefel)]
 
 
 def launch_text(used: Resources) -> str:

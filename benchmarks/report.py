@@ -92,6 +92,11 @@ RATIOS: dict[str, list[Ratio]] = {
         Ratio("compiled / ours", ("inverse batched, compiled",), ("ours",)),
         Ratio("ours / GEMMs", ("ours",), ("GEMMs",)),
     ],
+    "stiefel": [
+        Ratio("loop / ours", ("loop",), ("ours",), lambda case: 20.0),
+        Ratio("batched / ours", ("batched plain",), ("ours",)),
+        Ratio("ours / copies", ("ours",), ("copies",)),
+    ],
 }
 
 

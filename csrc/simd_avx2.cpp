@@ -15,8 +15,11 @@
 #define SPECTRAL_TILE 3
 #include "simd_vector.h"
 
+#include "simd_matrix.h"
+
 #include "cayley_cpu_kernels.h"
 #include "kron_cpu_kernels.h"
+#include "stiefel_cpu_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -25,6 +28,6 @@
 #endif
 
 namespace spectral::cpu {
-const SimdLevel kAvx2{"avx2", avx2::kCayleyKernels, avx2::kKronKernels};
+const SimdLevel kAvx2{"avx2", avx2::kCayleyKernels, avx2::kKronKernels, avx2::kStiefelKernels};
 }
 #endif

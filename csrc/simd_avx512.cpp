@@ -16,8 +16,11 @@
 #define SPECTRAL_TILE 4
 #include "simd_vector.h"
 
+#include "simd_matrix.h"
+
 #include "cayley_cpu_kernels.h"
 #include "kron_cpu_kernels.h"
+#include "stiefel_cpu_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -26,6 +29,7 @@
 #endif
 
 namespace spectral::cpu {
-const SimdLevel kAvx512{"avx512", avx512::kCayleyKernels, avx512::kKronKernels};
+const SimdLevel kAvx512{
+    "avx512", avx512::kCayleyKernels, avx512::kKronKernels, avx512::kStiefelKernels};
 }
 #endif

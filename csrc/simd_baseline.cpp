@@ -7,9 +7,13 @@
 #define SPECTRAL_TILE 3
 #include "simd_vector.h"
 
+#include "simd_matrix.h"
+
 #include "cayley_cpu_kernels.h"
 #include "kron_cpu_kernels.h"
+#include "stiefel_cpu_kernels.h"
 
 namespace spectral::cpu {
-const SimdLevel kBaseline{"baseline", baseline::kCayleyKernels, baseline::kKronKernels};
+const SimdLevel kBaseline{
+    "baseline", baseline::kCayleyKernels, baseline::kKronKernels, baseline::kStiefelKernels};
 }

@@ -7,6 +7,7 @@
 
 #include "cayley_cpu.h"
 #include "kron_cpu.h"
+#include "stiefel_cpu.h"
 
 namespace spectral::cpu {
 
@@ -15,6 +16,7 @@ struct SimdLevel {
     const char* name;
     CayleyKernels cayley;
     KronKernels kron;
+    StiefelKernels stiefel;
 };
 
 extern const SimdLevel kBaseline;

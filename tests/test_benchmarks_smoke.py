@@ -23,6 +23,7 @@ from providers import (
     SODACase,
     Unavailable,
 )
+from stiefel_providers import STIEFEL_PROVIDERS, StiefelCase
 
 SODA = SODACase(n=32, tokens=6, device="cpu")  # 32 is OFT's block size
 CAYLEY = {backward: CayleyCase(3, 5, backward, "cpu") for backward in (False, True)}
@@ -57,6 +58,12 @@ def test_low_rank_provider_agrees_with_its_oracle(name):
 @pytest.mark.parametrize("backward", [False, True])
 def test_cayley_provider_agrees_with_its_oracle(name, backward):
     candidate = CAYLEY_PROVIDERS[name](CAYLEY[backward].build())
+    assert measure.error_of(candidate) <= measure.TOLERANCE
+
+
+@pytest.mark.parametrize("name", STIEFEL_PROVIDERS)
+def test_stiefel_provider_agrees_with_its_oracle(name):
+    candidate = STIEFEL_PROVIDERS[name](StiefelCase(((2, 5), (3, 8)), "cpu").build())
     assert measure.error_of(candidate) <= measure.TOLERANCE
 
 

@@ -7,6 +7,7 @@ import itertools
 from math import prod
 
 import pytest
+import stiefel_oracle
 import torch
 from support import assert_near, dense_kron, dense_soda_weight, random_rotation, randomise
 from torch.library import opcheck
@@ -76,6 +77,8 @@ def samples(name):
         "cayley_bwd": ([torch.randn(3, 5, 5, device=DEVICE)], rotations),
         "kron_rotate": (x, factors_of((3, 4)), True, scale, None),
         "kron_gram": (x, torch.randn_like(x), [3, 4], scale),
+        "stiefel_sgd_": (*stiefel_problem([(3, 5, 5), (40, 40)])[:3], 1e-2, 0.9, -1.0),
+        "stiefel_adam_": (*stiefel_problem([(3, 5, 5), (40, 40)]), 1e-2, 0.9, 0.99, 1e-8, -1.0),
         "rotated_linear_fwd": (x, scale, x[:5], None, None, False, True, factors_of((3, 4))),
         "rotated_linear_bwd": (
             *(torch.randn(9, 5, device=DEVICE), x, scale, x[:5].clone(), None, None),
@@ -89,6 +92,8 @@ def test_the_kernels_are_registered():
     assert report.device == "cuda"
     assert report["kron_rotate"].implementation == "triton"
     assert report["kron_gram"].implementation == "triton"
+    assert report["stiefel_sgd_"].implementation == "triton"
+    assert report["stiefel_adam_"].implementation == "triton"
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -215,6 +220,57 @@ def test_kernels_in_a_cuda_graph():
     assert_near(y, rotated(x, factors, False, None, None))
     for value, oracle in zip(sums, grams(x, y, (32, 40), None), strict=True):
         assert_near(value, oracle)
+
+
+def stiefel_problem(shapes):
+    """Rotations, gradients, skew velocities, squares and step counts on the device."""
+    lists = stiefel_oracle.problem(shapes, torch.float32)
+    return [[tensor.to(DEVICE) for tensor in tensors] for tensors in lists]
+
+
+def on_cpu(lists):
+    return [[tensor.cpu() for tensor in tensors] for tensors in lists]
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.3])
+def test_stiefel_adam(poison, lr):
+    """Every tile size, batches, an empty one, and a factor that the reference takes."""
+    lists = stiefel_problem(
+        [(1, 1), (3, 16, 16), (20, 20), (0, 5, 5), (40, 40), (128, 128), (130, 130)]
+    )
+    expected = stiefel_oracle.expected_adam(on_cpu(lists), lr, 0.9, 0.99, 1e-8, -1.0)
+    op.stiefel_adam_(*lists, lr, 0.9, 0.99, 1e-8, -1.0)
+    stiefel_oracle.assert_all_near(on_cpu(lists), expected, factor=4 if lr < 0.1 else 20)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_stiefel_sgd(poison, momentum):
+    lists = stiefel_problem([(1, 1), (3, 16, 16), (20, 20), (40, 40), (128, 128)])[:3]
+    expected = stiefel_oracle.expected_sgd(on_cpu(lists), 0.3, momentum, -1.0)
+    if momentum == 0:
+        lists[2], expected[2] = [], []
+    op.stiefel_sgd_(*lists, 0.3, momentum, -1.0)
+    stiefel_oracle.assert_all_near(on_cpu(lists), expected, factor=20)
+
+
+def test_stiefel_steps_in_a_cuda_graph():
+    """Each replay is a step, with the gradients of that moment, however much came in between."""
+    lists = stiefel_problem([(20, 20), (3, 40, 40), (100, 100)])
+    options = (1e-2, 0.9, 0.99, 1e-8, -1.0)
+    op.stiefel_adam_(*lists, *options)
+    torch.cuda.synchronize()
+    expected = on_cpu(lists)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op.stiefel_adam_(*lists, *options)
+    for _ in range(3):
+        for grad in lists[1]:
+            grad.normal_()
+        torch.empty(1 << 20, pin_memory=True).fill_(-1.0)
+        expected[1] = on_cpu(lists)[1]
+        graph.replay()
+        expected = stiefel_oracle.expected_adam(expected, *options)
+    stiefel_oracle.assert_all_near(on_cpu(lists), expected, factor=20)
 
 
 def test_compiles_without_a_graph_break():

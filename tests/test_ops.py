@@ -76,6 +76,33 @@ SAMPLES = {
 }
 
 
+def _zeros(shapes, dtype=torch.float32):
+    return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+
+
+def _stiefel(shapes, moments, dtype=torch.float32):
+    """Rotations, gradients and zero moments of these shapes."""
+    factors = [torch.eye(shape[-1], dtype=dtype).expand(shape).clone() for shape in shapes]
+    grads = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    return [factors, grads, *(_zeros(shapes, dtype) for _ in range(moments))]
+
+
+SQUARES = [(4, 4), (3, 5, 5), (1, 1), (0, 7, 7)]
+
+SAMPLES |= {
+    "stiefel_sgd_": [
+        (*_stiefel(SQUARES, 1), 0.1, 0.9, -1.0),
+        (*_stiefel(SQUARES, 0, torch.float64), [], 0.1, 0.0, 0.0),
+        ([], [], [], 0.1, 0.9, -1.0),
+    ],
+    "stiefel_adam_": [
+        (*_stiefel(SQUARES, 2), _zeros([()] * 4), 0.1, 0.9, 0.99, 1e-8, -1.0),
+        (*_stiefel([(6, 6)], 2, torch.float64), _zeros([()]), 0.1, 0.0, 0.5, 1e-8, 0.0),
+        ([], [], [], [], [], 0.1, 0.9, 0.99, 1e-8, -1.0),
+    ],
+}
+
+
 def test_every_op_has_samples():
     assert set(SAMPLES) == set(OPS)
 

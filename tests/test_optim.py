@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_adapters import SODALinear, StiefelAdam, StiefelSGD
 from spectral_adapters.optim import stiefel_param_groups
+from spectral_kernels.ops.stiefel import stiefel_adam_reference, stiefel_sgd_reference
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [StiefelSGD, StiefelAdam])
 
@@ -132,27 +133,63 @@ def test_a_batch_is_a_loop(optimizer: Callable[..., Any]) -> None:
         torch.testing.assert_close(together, one, rtol=0, atol=1e-13)
 
 
+class Count(TorchDispatchMode):
+    """Counts calls of some operators."""
+
+    def __init__(self, *packets: Any) -> None:
+        super().__init__()
+        self.packets, self.calls = packets, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func.overloadpacket in self.packets
+        return func(*args, **(kwargs or {}))
+
+
+@OPTIMIZERS
+def test_a_group_is_one_call(optimizer: Callable[..., Any]) -> None:
+    """Whatever sizes, shapes and dtypes it mixes."""
+    ops = torch.ops.spectral
+    shapes = [(6, 6), (3, 6, 6), (5, 5), (0, 4, 4)]
+    params = [rotations(*s, dtype=t) for s in shapes for t in (torch.float32, torch.float64)]
+    opt = optimizer(params, lr=1e-3)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    with Count(ops.stiefel_sgd_, ops.stiefel_adam_) as count:
+        opt.step()
+    assert count.calls == 1
+
+
 @OPTIMIZERS
 def test_equal_sizes_take_one_set_of_products(optimizer: Callable[..., Any]) -> None:
-    """The number of products does not grow with the number of equal-sized factors."""
-
-    class Count(TorchDispatchMode):
-        products = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.products += func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-            return func(*args, **(kwargs or {}))
-
+    """In the reference the number of products does not grow with the number of equal factors."""
+    reference = {StiefelSGD: stiefel_sgd_reference, StiefelAdam: stiefel_adam_reference}[optimizer]
+    states, options = {
+        StiefelSGD: (1, (1e-3, 0.9, -1.0)),
+        StiefelAdam: (2, (1e-3, 0.9, 0.99, 1e-8, -1.0)),
+    }[optimizer]
     counts = []
     for number in (1, 7):
-        params = [rotations(6, 6) for _ in range(number)]
-        opt = optimizer(params, lr=1e-3)
-        for p in params:
-            p.grad = torch.randn_like(p)
-        with Count() as mode:
-            opt.step()
-        counts.append(mode.products)
+        factors = [rotations(6, 6).detach() for _ in range(number)]
+        lists = [[torch.zeros_like(f) for f in factors] for _ in range(1 + states)]
+        if states == 2:
+            lists.append([torch.zeros(()) for _ in factors])
+        with Count(torch.ops.aten.bmm, torch.ops.aten.baddbmm) as count:
+            reference(factors, *lists, *options)
+        counts.append(count.calls)
     assert counts[0] == counts[1] > 0
+
+
+@OPTIMIZERS
+def test_a_step_counts_versions_up(optimizer: Callable[..., Any]) -> None:
+    """As in-place operators do: what was derived from a factor can tell that it is stale."""
+    x = rotations(3, 3)
+    opt = optimizer([x], lr=0.1)
+    stale = (x * x).sum()
+    before = x._version
+    run_steps(opt, [x], random_grads([x], 1))
+    assert x._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
 
 
 @OPTIMIZERS
@@ -279,6 +316,20 @@ def test_resume_to_the_bit(optimizer: Callable[..., Any], carrier: str) -> None:
 
 
 @OPTIMIZERS
+def test_deep_copies(optimizer: Callable[..., Any]) -> None:
+    """A copy steps its own parameters, to the bit as the original steps its."""
+    params, opt = mixed_setup(optimizer)
+    run_steps(opt, params, random_grads(params, 2))
+    copied = copy.deepcopy(opt)
+    others = [p for group in copied.param_groups for p in group["params"]]
+    grads = random_grads(params, 2)
+    run_steps(opt, params, grads)
+    run_steps(copied, others, grads)
+    assert not {id(p) for p in params} & {id(p) for p in others}
+    assert all(map(torch.equal, params, others))
+
+
+@OPTIMIZERS
 def test_state_is_per_parameter(optimizer: Callable[..., Any]) -> None:
     params, opt = mixed_setup(optimizer)
     run_steps(opt, params, random_grads(params, 1))
@@ -291,20 +342,28 @@ def test_state_is_per_parameter(optimizer: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_plain_group_is_sgd(momentum: float) -> None:
-    ours, theirs = nn.Parameter(torch.ones(3, 5)), nn.Parameter(torch.ones(3, 5))
+    """To the bit as torch's fused SGD, and to rounding as its loop."""
+    ours, fused, looped = (nn.Parameter(torch.ones(3, 5)) for _ in range(3))
     grads = random_grads([ours], 5)
     group = {"params": [ours], "manifold": False, "weight_decay": 0.05}
     run_steps(StiefelSGD([group], 0.1, momentum), [ours], grads)
-    run_steps(torch.optim.SGD([theirs], 0.1, momentum, weight_decay=0.05), [theirs], grads)
-    assert torch.equal(ours, theirs)
+    for theirs in (fused, looped):
+        options = {"weight_decay": 0.05, "fused": theirs is fused}
+        run_steps(torch.optim.SGD([theirs], 0.1, momentum, **options), [theirs], grads)
+    assert torch.equal(ours, fused)
+    torch.testing.assert_close(ours, looped)
 
 
 def test_plain_group_is_adamw() -> None:
-    ours, theirs = nn.Parameter(torch.ones(3, 5)), nn.Parameter(torch.ones(3, 5))
+    """To the bit as torch's fused AdamW, and to rounding as its loop."""
+    ours, fused, looped = (nn.Parameter(torch.ones(3, 5)) for _ in range(3))
     grads = random_grads([ours], 5)
     run_steps(StiefelAdam([{"params": [ours], "manifold": False}], 0.1), [ours], grads)
-    run_steps(torch.optim.AdamW([theirs], 0.1, betas=(0.9, 0.99)), [theirs], grads)
-    assert torch.equal(ours, theirs)
+    for theirs in (fused, looped):
+        options = {"betas": (0.9, 0.99), "fused": theirs is fused}
+        run_steps(torch.optim.AdamW([theirs], 0.1, **options), [theirs], grads)
+    assert torch.equal(ours, fused)
+    torch.testing.assert_close(ours, looped)
 
 
 def test_trains_a_soda_layer() -> None:

@@ -12,7 +12,7 @@ from math import prod
 import pytest
 import torch
 
-from spectral_kernels.triton_kernels import LIMITS, supports
+from spectral_kernels.triton_kernels import LIMITS, STIEFEL_LIMITS, supports
 from spectral_kernels.triton_kernels._launch import (
     MAX_AXIS,
     MAX_BLOCKS,
@@ -49,6 +49,12 @@ VARIANTS = [
     ("kron_gram", (96, 100), F16, False, True),
     ("kron_gram", (100, 7), F32, False, True),
     ("kron_gram", (20, 20, 20), BF16, False, True),
+    ("stiefel_adam", (16,), F32, False, False),
+    ("stiefel_adam", (40,), F32, False, False),
+    ("stiefel_adam", (128,), F32, False, False),
+    ("stiefel_sgd", (13,), F32, False, False),
+    ("stiefel_sgd", (20,), F32, False, False),
+    ("stiefel_sgd", (100,), F32, False, False),
 ]
 
 # No spilled register, at least 8 resident warps per multiprocessor by the register file, and the
@@ -131,6 +137,28 @@ def test_host_functions_launch_what_compiles(launches):
     assert all(kernels[i] is kernels[i + 5] is kernels[i + 10] for i in range(5))
 
 
+@needs_compiler
+def test_a_model_of_factors_is_few_launches(launches):
+    from spectral_kernels.triton_kernels.stiefel import stiefel_adam_, stiefel_sgd_
+
+    def lists(shapes, moments):
+        zeros = [[torch.zeros(shape) for shape in shapes] for _ in range(1 + moments)]
+        return [torch.eye(shape[-1]).expand(shape).clone() for shape in shapes], *zeros
+
+    model = [(20, 20), (3, 40, 40), (0, 7, 7), (32, 32), (12, 12), (100, 100)]
+    for shapes in (model, model * 5):
+        counts = [torch.zeros(()) for _ in shapes]
+        stiefel_adam_(*lists(shapes, 2), counts, 1e-3, 0.9, 0.99, 1e-8, -1.0)
+        stiefel_sgd_(*lists(shapes, 1), 1e-3, 0.9, -1.0)
+        stiefel_sgd_(*lists(shapes, 0), [], 1e-3, 0.0, -1.0)
+    names = [name.removesuffix("_kernel") for name, _, _ in launches]
+    assert names == (["_count"] + ["_stiefel"] * 9) * 2
+    assert [grid for _, grid, _ in launches[10:14]] == [(1,), (25,), (5,), (5,)]
+    # Neither the number of matrices nor the place of their rows in the table is compiled in.
+    kernels = [kernel for _, _, kernel in launches]
+    assert all(kernels[i] is kernels[i + 10] for i in range(10))
+
+
 def all_dims():
     """Factor sizes up to k = 16384 and beyond: all kinds of one, two, three and more factors."""
     sizes = (1, 2, 3, 7, 8, 10, 16, 17, 31, 32, 40, 64, 100, 127, 128, 129, 256, 1021)
@@ -187,20 +215,22 @@ def test_number_of_rotation_passes(dims, passes):
     assert len(plan_rotate(dims).passes) == passes
 
 
-def test_registering_overrides_both_ops_and_imports_nothing():
+def test_registering_overrides_the_ops_and_imports_nothing():
     """In a process of its own, for the registration lasts; works the same without CUDA."""
     code = (
         "import sys, torch\n"
         "from spectral_kernels.ops import LIBRARY\n"
         "from spectral_kernels.triton_kernels import register\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "ops = ['spectral::kron_rotate', 'spectral::kron_gram']\n"
+        "ops = ['kron_rotate', 'kron_gram', 'stiefel_sgd_', 'stiefel_adam_']\n"
+        "ops = [f'spectral::{op}' for op in ops]\n"
         "if torch.version.cuda is None:\n"
         "    assert not any(has(op, 'CUDA') for op in ops)\n"
         "    register(LIBRARY)\n"
         "assert all(has(op, 'CUDA') for op in ops)\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert 'spectral_kernels.triton_kernels.kron_rotate' not in sys.modules\n"
+        "assert 'spectral_kernels.triton_kernels.stiefel' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -217,5 +247,9 @@ def test_supports_says_why_not():
     supported, reason = supports("kron_gram", [F32, F32], [3, 200])
     assert not supported and str(MAX_AXIS) in reason and str(MAX_AXIS) in LIMITS
     assert not supports("kron_gram", [F32, F32], [128, 128, 128])[0]
+    assert supports("stiefel", [F32], [MAX_AXIS]) == (True, "one program")
+    assert not supports("stiefel", [F32], [MAX_AXIS + 1])[0] and str(MAX_AXIS) in STIEFEL_LIMITS
+    supported, reason = supports("stiefel", [torch.float64], [4])
+    assert not supported and "float64" in reason and "float64" in STIEFEL_LIMITS
     with pytest.raises(ValueError, match="'cayley'"):
         supports("cayley", [F32], [4])

@@ -11,6 +11,7 @@ import sys
 from math import prod
 
 import pytest
+import stiefel_oracle
 import torch
 from support import assert_near, random_rotation
 
@@ -22,7 +23,7 @@ interpreter = [
 
 if INTERPRETED:
     pytest.importorskip("triton")
-    from spectral_kernels.triton_kernels import _launch, kron_gram, kron_rotate
+    from spectral_kernels.triton_kernels import _launch, kron_gram, kron_rotate, stiefel
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -78,6 +79,8 @@ def poison(monkeypatch):
 
     monkeypatch.setattr(kron_rotate, "kron_rotate_reference", unreachable)
     monkeypatch.setattr(kron_gram, "kron_gram_reference", unreachable)
+    monkeypatch.setattr(stiefel, "stiefel_sgd_reference", unreachable)
+    monkeypatch.setattr(stiefel, "stiefel_adam_reference", unreachable)
 
 
 def rotated(x, factors, transpose, before, after):
@@ -248,3 +251,116 @@ class TestKronGram:
             kron_gram.kron_gram(a, torch.randn(3, 6), [2, 3], None)
         with pytest.raises(ValueError, match=r"scale_b must have shape \(6,\)"):
             kron_gram.kron_gram(a, a, [2, 3], torch.ones(3))
+
+
+# Every row of the launch table, one tile and several, a whole and a partial last one; in one list.
+SQUARES = [
+    (4, 4),
+    (3, 5, 5),
+    (1, 1),
+    (0, 7, 7),
+    (2, 1, 1),
+    (16, 16),
+    (32, 32),
+    (2, 31, 31),
+    (40, 40),
+]
+LARGE_SQUARES = [(61, 61), (67, 67), (128, 128)]
+
+
+class TestStiefel:
+    pytestmark = interpreter
+
+    @pytest.mark.parametrize("shapes", [SQUARES, LARGE_SQUARES], ids=["small", "large"])
+    @pytest.mark.parametrize("lr", [1e-3, 0.3])
+    def test_adam(self, poison, shapes, lr):
+        lists = stiefel_oracle.problem(shapes, torch.float32)
+        expected = stiefel_oracle.expected_adam(lists, lr, 0.9, 0.99, 1e-8, -1.0)
+        stiefel.stiefel_adam_(*lists, lr, 0.9, 0.99, 1e-8, -1.0)
+        stiefel_oracle.assert_all_near(lists, expected, factor=4 if lr < 0.1 else 20)
+
+    @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.9), (0.99, 0.5)])
+    def test_adam_without_a_useful_bound(self, poison, betas):
+        lists = stiefel_oracle.problem(SQUARES, torch.float32)
+        expected = stiefel_oracle.expected_adam(lists, 1e-2, *betas, 1e-8, 0.25)
+        stiefel.stiefel_adam_(*lists, 1e-2, *betas, 1e-8, 0.25)
+        stiefel_oracle.assert_all_near(lists, expected, factor=20)
+
+    @pytest.mark.parametrize("shapes", [SQUARES, LARGE_SQUARES], ids=["small", "large"])
+    @pytest.mark.parametrize("momentum", [0.0, 0.9])
+    def test_sgd(self, poison, shapes, momentum):
+        lists = stiefel_oracle.problem(shapes, torch.float32)[:3]
+        expected = stiefel_oracle.expected_sgd(lists, 0.3, momentum, -1.0)
+        if momentum == 0:
+            lists[2], expected[2] = [], []
+        stiefel.stiefel_sgd_(*lists, 0.3, momentum, -1.0)
+        stiefel_oracle.assert_all_near(lists, expected, factor=20)
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+    def test_huge_and_tiny_gradients(self, poison, scale):
+        lists = stiefel_oracle.problem([(5, 5), (2, 40, 40)], torch.float32, scale)
+        expected = stiefel_oracle.expected_adam(lists, 1e-2, 0.9, 0.99, 1e-8, -1.0)
+        stiefel.stiefel_adam_(*lists, 1e-2, 0.9, 0.99, 1e-8, -1.0)
+        for factor, velocity, exact in zip(lists[0], lists[2], expected[2], strict=True):
+            assert stiefel_oracle.orthogonality_error(factor) <= 2e-6
+            assert_near(velocity, exact, factor=4)
+
+    def test_stays_on_the_manifold(self, poison):
+        lists = stiefel_oracle.problem([(20, 20), (33, 33)], torch.float32)
+        for _ in range(4):
+            stiefel.stiefel_adam_(*lists, 1e-1, 0.9, 0.99, 1e-8, -1.0)
+        assert max(map(stiefel_oracle.orthogonality_error, lists[0])) <= 2e-6
+        assert [float(step) for step in lists[4]] == [4, 5]
+
+    def test_a_nan_stays_in_its_matrix(self, poison):
+        lists = stiefel_oracle.problem([(2, 20, 20), (6, 6)], torch.float32)
+        lists[1][0][0, 3, 4] = float("nan")
+        stiefel.stiefel_adam_(*lists, 1e-2, 0.9, 0.99, 1e-8, -1.0)
+        assert lists[0][0][0].isnan().any()
+        assert stiefel_oracle.orthogonality_error(lists[0][0][1]) <= 2e-6
+        assert stiefel_oracle.orthogonality_error(lists[0][1]) <= 2e-6
+
+    def test_more_tensors_than_one_program_counts(self, poison):
+        lists = stiefel_oracle.problem([(2, 2)] * 131 + [(0, 3, 3)], torch.float32)
+        before = [float(step) for step in lists[4]]
+        stiefel.stiefel_adam_(*lists, 1e-2, 0.9, 0.99, 1e-8, -1.0)
+        assert [float(step) - 1 for step in lists[4]] == before
+
+    def test_strided_tensors(self, poison):
+        lists = stiefel_oracle.problem([(5, 5), (3, 4, 4)], torch.float32)
+        strided = [[t.mT.contiguous().mT if t.dim() else t.clone() for t in ts] for ts in lists]
+        stiefel.stiefel_adam_(*lists, 1e-2, 0.9, 0.99, 1e-8, -1.0)
+        stiefel.stiefel_adam_(*strided, 1e-2, 0.9, 0.99, 1e-8, -1.0)
+        for tensors, others in zip(lists, strided, strict=True):
+            assert all(map(torch.equal, tensors, others))
+
+    @pytest.mark.parametrize("name", ["sgd", "adam"])
+    def test_what_is_unsupported_goes_to_the_reference(self, monkeypatch, name):
+        """And what stands beside it in the list does not."""
+        seen = []
+        reference = getattr(stiefel, f"stiefel_{name}_reference")
+
+        def record(factors, *arguments):
+            seen.extend(factors)
+            reference(factors, *arguments)
+
+        monkeypatch.setattr(stiefel, f"stiefel_{name}_reference", record)
+        double = stiefel_oracle.problem([(4, 4)], torch.float64)
+        single = stiefel_oracle.problem([(129, 129), (6, 6)], torch.float32)
+        lists = [[*a, *b] for a, b in zip(double, single, strict=True)]
+        if name == "adam":
+            expected = stiefel_oracle.expected_adam(lists, 1e-2, 0.9, 0.99, 1e-8, -1.0)
+            stiefel.stiefel_adam_(*lists, 1e-2, 0.9, 0.99, 1e-8, -1.0)
+        else:
+            lists = lists[:3]
+            expected = stiefel_oracle.expected_sgd(lists, 1e-2, 0.9, -1.0)
+            stiefel.stiefel_sgd_(*lists, 1e-2, 0.9, -1.0)
+        assert [factor.shape[0] for factor in seen] == [4, 129]
+        stiefel_oracle.assert_all_near(lists, expected, factor=20)
+
+    def test_refuses_what_it_would_read_out_of_bounds(self):
+        eye, zeros = torch.eye(3), torch.zeros(3, 3)
+        with pytest.raises(ValueError, match=r"grads\[0\] must be dense with shape \(3, 3\)"):
+            stiefel.stiefel_sgd_([eye], [torch.zeros(2, 3)], [zeros], 0.1, 0.9, -1.0)
+        with pytest.raises(ValueError, match=r"velocities must have one entry per factor, 1"):
+            stiefel.stiefel_sgd_([eye], [zeros], [], 0.1, 0.9, -1.0)

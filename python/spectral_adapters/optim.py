@@ -8,15 +8,15 @@ The method of Kong, Wang and Tao (ICLR 2023) for square factors (DESIGN section 
   ``xi = lr/(1 - beta1^t) Y / (sqrt(p/(1 - beta2^t)) + eps)``;
 
 then ``X <- polar(X (I + xi))``. The momentum lives in the body frame, so it needs no transport, and
-``I + xi`` has determinant above zero, so a rotation stays a rotation. All factors of one size in a
-parameter group step together; nothing in a step waits for the device.
+``I + xi`` has determinant above zero, so a rotation stays a rotation. All factors of a parameter
+group step in one call of ``torch.ops.spectral.stiefel_sgd_`` or ``stiefel_adam_``; nothing in a
+step waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,21 +25,16 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
+from spectral_kernels.ops.stiefel import full_precision
+
 __all__ = ["StiefelAdam", "StiefelSGD", "stiefel_param_groups"]
 
 #: A starting point further from orthogonal than this, max|X^T X - I|, is refused.
 START_TOLERANCE = 1e-3
 
-#: Longer steps are shortened to this norm. It turns a plane by arctan(1000), 89.94 degrees, and no
-#: step however long turns one by 90.
-LONGEST_STEP = 1e3
-
-#: Keeps 0/0 out of the shortening when the learning rate is zero.
-SHORTEST_BOUND = 1e-6
-
 
 class _StiefelOptimizer(Optimizer):
-    """Everything but the rule that turns a skew gradient into a step ``xi``."""
+    """Everything but the rules of the two optimizers."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the factors of a manifold group are looked at once, here, for orthogonality.
@@ -76,41 +71,42 @@ class _StiefelOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.requires_grad and p.grad is not None]
-            for parameter in trained:
-                if parameter.grad.layout != torch.strided or parameter.grad.is_complex():
-                    raise ValueError(
-                        "gradients must be dense and real; got layout "
-                        f"{parameter.grad.layout}, dtype {parameter.grad.dtype}"
-                    )
-            if not group["manifold"]:
-                if trained:
-                    self._step_plain(group, trained)
-                continue
-            for factors in _by_size(trained):
-                with _full_precision(factors[0].device.type):
-                    self._step_factors(group, factors)
+            for batch in _by_device(trained):
+                grads = [_gradient(parameter) for parameter in batch]
+                for grad in grads:
+                    if grad.layout != torch.strided or grad.is_complex():
+                        raise ValueError(
+                            "gradients must be dense and real; got layout "
+                            f"{grad.layout}, dtype {grad.dtype}"
+                        )
+                if group["manifold"]:
+                    self._step_factors(group, batch, grads)
+                else:
+                    self._step_plain(group, batch, grads)
         return loss
 
-    def _step_factors(self, group: dict[str, Any], factors: list[Tensor]) -> None:
-        """Step equal-sized factors, [n, n] or [B, n, n], as one batch [N, n, n]."""
-        x = _stack(factors)
-        pull = x.mT @ _stack([_gradient(factor) for factor in factors])
-        skew = (pull - pull.mT).mul_(0.5 * (1.0 - group["metric"]))
-        xi, bound = self._direction(group, factors, skew)
-        _unstack(_retract(x, xi, min(max(bound, SHORTEST_BOUND), LONGEST_STEP)), factors)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """``load_state_dict`` leaves a state named "step" on the device that it was saved from."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                own = self.state.get(parameter, {})
+                if "step" in own:
+                    device = _counter_device(parameter, group["manifold"])
+                    own["step"] = own["step"].to(device)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         _check_number("lr", group["lr"], at_least=0.0)
         _check_number("weight_decay", group["weight_decay"], at_least=0.0)
         _check_number("metric", group["metric"], below=1.0)
 
-    def _direction(
-        self, group: dict[str, Any], factors: list[Tensor], skew: Tensor
-    ) -> tuple[Tensor, float]:
-        """``xi`` [N, n, n] from the skew gradient, and a bound on its norm known beforehand."""
+    def _step_factors(
+        self, group: dict[str, Any], factors: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        """Step factors [n, n] or [B, n, n] of one device on their manifold."""
         raise NotImplementedError
 
-    def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _step_plain(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """The Euclidean counterpart, for ``manifold=False``."""
         raise NotImplementedError
 
@@ -155,34 +151,36 @@ class StiefelSGD(_StiefelOptimizer):
         super()._check_options(group)
         _check_number("momentum", group["momentum"], at_least=0.0)
 
-    def _direction(
-        self, group: dict[str, Any], factors: list[Tensor], skew: Tensor
-    ) -> tuple[Tensor, float]:
-        if group["momentum"] == 0:
-            velocity = -skew
-        else:
-            buffers = [_zeros_once(self.state[p], "momentum_buffer", p) for p in factors]
-            velocity = _stack(buffers).mul_(group["momentum"]).sub_(skew)
-            _unstack(velocity, buffers)
-        # Gradients have no bound, so neither has the step.
-        return velocity * group["lr"], math.inf
+    def _step_factors(
+        self, group: dict[str, Any], factors: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        velocities = self._velocities(factors) if group["momentum"] != 0 else []
+        torch.ops.spectral.stiefel_sgd_(
+            factors, grads, velocities, group["lr"], group["momentum"], group["metric"]
+        )
 
-    def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        buffers = [self.state[p].get("momentum_buffer") for p in params]
+    def _step_plain(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        momentum = group["momentum"]
+        buffers: list[Tensor | None] = [None] * len(params)
+        if momentum != 0:
+            buffers[:] = self._velocities(params)
         sgd(
             params,
-            [_gradient(p) for p in params],
+            grads,
             buffers,
             weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
+            momentum=momentum,
             lr=group["lr"],
             dampening=0.0,
             nesterov=False,
             maximize=False,
+            fused=True if all(map(_can_fuse, params)) else None,
         )
-        if group["momentum"] != 0:
-            for parameter, buffer in zip(params, buffers, strict=True):
-                self.state[parameter]["momentum_buffer"] = buffer
+
+    def _velocities(self, params: list[Tensor]) -> list[Tensor]:
+        """Momentum starts at zero, where torch's SGD starts it at the first gradient: the same."""
+        name = "momentum_buffer"
+        return [_zeros_once(self.state[parameter], name, parameter) for parameter in params]
 
 
 class StiefelAdam(_StiefelOptimizer):
@@ -238,42 +236,29 @@ class StiefelAdam(_StiefelOptimizer):
         if group["manifold"] and group["eps"] == 0:
             raise ValueError(f"eps must be above 0 in a manifold group; got {group['eps']!r}")
 
-    def _direction(
-        self, group: dict[str, Any], factors: list[Tensor], skew: Tensor
-    ) -> tuple[Tensor, float]:
-        beta1, beta2 = group["betas"]
-        states = [self.state[p] for p in factors]
-        averages = [_zeros_once(self.state[p], "exp_avg", p) for p in factors]
-        squares = [_zeros_once(self.state[p], "exp_avg_sq", p) for p in factors]
-        steps = [_steps_taken(state, p) for state, p in zip(states, factors, strict=True)]
-        torch._foreach_add_(steps, 1.0)
-
-        velocity = _stack(averages).mul_(beta1).sub_(skew, alpha=1.0 - beta1)
-        square = _stack(squares).mul_(beta2).addcmul_(skew, skew, value=1.0 - beta2)
-        _unstack(velocity, averages)
-        _unstack(square, squares)
-
-        # One count per matrix: factors that were skipped for want of a gradient lag behind.
-        per_matrix = [step.expand(_matrices(p)) for step, p in zip(steps, factors, strict=True)]
-        count = torch.cat(per_matrix).to(skew.dtype)[:, None, None]
-        ratio = (velocity / _unbias(beta1, count)) / (
-            (square / _unbias(beta2, count)).sqrt_().add_(group["eps"])
+    def _step_factors(
+        self, group: dict[str, Any], factors: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        torch.ops.spectral.stiefel_adam_(
+            factors,
+            grads,
+            *self._moments(factors, True),
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+            group["metric"],
         )
-        n = skew.shape[-1]
-        return ratio.mul_(group["lr"]), group["lr"] * _largest_ratio(beta1, beta2) * (n - 1)
 
-    def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _step_plain(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        averages, squares, steps = self._moments(params, False)
         beta1, beta2 = group["betas"]
-        for parameter in params:
-            # On the CPU, as in torch's own AdamW: the count enters as a Python number.
-            self.state[parameter].setdefault("step", torch.zeros((), dtype=torch.float32))
         adamw(
             params,
-            [_gradient(p) for p in params],
-            [_zeros_once(self.state[p], "exp_avg", p) for p in params],
-            [_zeros_once(self.state[p], "exp_avg_sq", p) for p in params],
+            grads,
+            averages,
+            squares,
             [],
-            [self.state[p]["step"] for p in params],
+            steps,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -281,6 +266,26 @@ class StiefelAdam(_StiefelOptimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            fused=True if all(map(_can_fuse, params)) else None,
+        )
+
+    def _moments(
+        self, params: list[Tensor], manifold: bool
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """``exp_avg``, ``exp_avg_sq`` and ``step`` of every parameter; zero where it has none."""
+        states = [self.state[parameter] for parameter in params]
+        for parameter, state in zip(params, states, strict=True):
+            if "exp_avg_sq" not in state:
+                # Beside the parameter, where a kernel reads it: for the host to read it, it would
+                # have to wait for the device.
+                device = _counter_device(parameter, manifold)
+                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
+                _zeros_once(state, "exp_avg", parameter)
+                _zeros_once(state, "exp_avg_sq", parameter)
+        return (
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
         )
 
 
@@ -326,95 +331,13 @@ def _group(params: list[nn.Parameter], manifold: bool, lr: float | None) -> dict
     return group if lr is None else {**group, "lr": lr}
 
 
-def _retract(x: Tensor, xi: Tensor, longest: float) -> Tensor:
-    """``polar(X (I + xi))`` for orthogonal X and skew xi, all [N, n, n].
-
-    A xi longer than ``longest`` is shortened to it, and ``longest`` alone fixes the number of
-    products. Where xi has a singular value sigma, ``I + xi`` has ``sqrt(1 + sigma^2)``: they lie in
-    [1, sqrt(1 + longest^2)], and the Newton-Schulz iteration is scaled for that interval. Its last
-    scale is all but 1, so that it also takes out what rounding has added to X.
-    """
-    reach = xi.abs().sum(-1).amax(-1)  # the largest row sum, never below the spectral norm
-    xi = xi * (longest / reach.clamp_min(longest))[:, None, None]
-    y = torch.baddbmm(x, x, xi)
-    for scale in _newton_schulz_scales(math.hypot(1.0, longest), torch.finfo(x.dtype).eps):
-        y = torch.baddbmm(y, y, y.mT @ y, beta=1.5 * scale, alpha=-0.5 * scale**3)
-    return y
-
-
-def _newton_schulz_scales(largest: float, tolerance: float) -> list[float]:
-    """Scales of ``y <- scale y (3 - (scale y)^2) / 2`` that bring all of [1, largest] to 1.
-
-    The best scale makes both ends of the interval [low, high] meet:
-    ``scale^2 = 3 / (low^2 + low high + high^2)``; the interval becomes [their image, 1].
-    """
-    low, high = 1.0, largest
-    scales: list[float] = []
-    while not scales or 1.0 - low > tolerance:
-        scale = math.sqrt(3.0 / (low * low + low * high + high * high))
-        scales.append(scale)
-        low, high = 0.5 * scale * low * (3.0 - (scale * low) ** 2), 1.0
-    return scales
-
-
-def _largest_ratio(beta1: float, beta2: float) -> float:
-    """Largest |m|/sqrt(v) of Adam's moments over all gradients, by Cauchy and Schwarz.
-
-    1e30 where no bound holds: infinity times zero, of a 1 x 1 factor or a learning rate, is no
-    bound.
-    """
-    spread = (1.0 - beta2) * (1.0 - beta1 * beta1 / beta2) if beta2 > 0 else 0.0
-    return (1.0 - beta1) / math.sqrt(spread) if spread > 0 else 1e30
-
-
-def _unbias(beta: float, count: Tensor) -> Tensor:
-    """``1 - beta^count`` without cancellation."""
-    return -torch.expm1(count * (math.log(beta) if beta > 0 else -math.inf))
-
-
-@contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Products in true fp32: with TF32, bf16 or autocast each step would leave the manifold."""
-    backends: list[Any] = [
-        torch.backends.cuda.matmul,
-        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    ]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-def _by_size(factors: list[Tensor]) -> list[list[Tensor]]:
-    """Factors that can be stacked, together: the same n, dtype and device."""
-    batches: dict[tuple[Any, ...], list[Tensor]] = {}
-    for factor in factors:
-        key = (factor.shape[-1], factor.dtype, factor.device)
-        batches.setdefault(key, []).append(factor)
+def _by_device(params: list[Tensor]) -> list[list[Tensor]]:
+    if len({parameter.device for parameter in params}) == 1:
+        return [params]
+    batches: dict[torch.device, list[Tensor]] = {}
+    for parameter in params:
+        batches.setdefault(parameter.device, []).append(parameter)
     return list(batches.values())
-
-
-def _matrices(factor: Tensor) -> int:
-    return factor.shape[0] if factor.dim() == 3 else 1
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """[n, n] and [B, n, n] tensors to a new [N, n, n]."""
-    n = tensors[0].shape[-1]
-    return torch.cat([tensor.reshape(-1, n, n) for tensor in tensors])
-
-
-def _unstack(stacked: Tensor, tensors: list[Tensor]) -> None:
-    """Copy [N, n, n] back into the tensors it was stacked from."""
-    parts = stacked.split([_matrices(tensor) for tensor in tensors])
-    torch._foreach_copy_(
-        tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-    )
 
 
 def _zeros_once(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
@@ -423,21 +346,23 @@ def _zeros_once(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
     return state[name]
 
 
-def _steps_taken(state: dict[str, Any], factor: Tensor) -> Tensor:
-    """The factor's step count, kept beside it: to read one the host would wait for the device.
-
-    ``load_state_dict`` leaves a state named "step" on the device that it was saved from.
-    """
-    step = state.get("step")
-    if step is None:
-        step = torch.zeros((), dtype=torch.float32, device=factor.device)
-    state["step"] = step.to(factor.device)
-    return state["step"]
-
-
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
+
+
+def _can_fuse(parameter: Tensor) -> bool:
+    """Whether torch's fused SGD and AdamW take this parameter."""
+    return (
+        type(parameter) in (Tensor, nn.Parameter)
+        and parameter.is_floating_point()
+        and parameter.device.type in ("cpu", "cuda")
+    )
+
+
+def _counter_device(parameter: Tensor, manifold: bool) -> torch.device:
+    """Where a parameter's step count is read: by the kernel, or in torch's AdamW by the host."""
+    return parameter.device if manifold or _can_fuse(parameter) else torch.device("cpu")
 
 
 def _leave_out_frozen(group: dict[str, Any]) -> None:
@@ -461,7 +386,7 @@ def _check_factor(name: str, factor: Tensor) -> None:
     if factor.numel() == 0:
         return
     matrices = factor.detach()
-    with _full_precision(factor.device.type):
+    with full_precision(factor.device.type):
         gram = matrices.mT @ matrices
     gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     error = float(gram.abs().amax())

@@ -44,6 +44,9 @@ def define_op(
 ) -> None:
     """Declare ``spectral::<schema>`` with its reference and its fake.
 
+    The version counters of arguments that the schema says are written to are counted up, as those
+    of PyTorch's own in-place ops are: autograd and caches rely on them.
+
     Args:
         schema: the op's schema without the namespace, e.g. ``"f(Tensor x) -> Tensor"``.
         reference: plain PyTorch implementation with the schema's signature.
@@ -56,10 +59,29 @@ def define_op(
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, _autograd_guard(name, public_function), "Autograd", with_keyset=True)
+    if _written(name):
+        LIBRARY.impl(name, _version_counter(name), "ADInplaceOrView", with_keyset=True)
     OPS[name] = OpSpec(name, schema, reference, public_function)
 
 
+def _overload(name: str) -> Any:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _written(name: str) -> list[int]:
+    """Positions of the arguments that the op writes to."""
+    return [
+        index
+        for index, argument in enumerate(_overload(name)._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
 def _autograd_guard(name: str, public_function: str) -> Callable[..., Any]:
+    op = _overload(name)
+    # Without a detour over the next key: thousands of tensors take a while to pass through.
+    below = _version_counter(name) if _written(name) else None
+
     def guard(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(
             isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(args)
@@ -68,7 +90,19 @@ def _autograd_guard(name: str, public_function: str) -> Callable[..., Any]:
                 f"torch.ops.{NAMESPACE}.{name} is a raw op without a derivative; "
                 f"call {public_function}, which has one"
             )
-        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        if below is not None:
+            return below(keyset, *args)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     return guard
+
+
+def _version_counter(name: str) -> Callable[..., Any]:
+    op, written = _overload(name), _written(name)
+
+    def count(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        for index in written:
+            torch.autograd.graph.increment_version(args[index])
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return count

@@ -1,4 +1,4 @@
-"""Triton kernels of ``kron_rotate`` and ``kron_gram``, registered for CUDA by ``register``.
+"""Triton kernels of the Kronecker and Stiefel ops, registered for CUDA by ``register``.
 
 Triton is imported when an op first runs, not before: importing this package must stay free.
 """
@@ -15,13 +15,17 @@ LIMITS = (
     "run on the reference"
 )
 
-__all__ = ["LIMITS", "register", "supports"]
+STIEFEL_LIMITS = f"float64 and matrices above {MAX_AXIS} run on the reference"
+
+__all__ = ["LIMITS", "STIEFEL_LIMITS", "register", "supports"]
 
 
 def register(library: torch.library.Library) -> None:
-    """Override both ops for CUDA; imports and compiles nothing and creates no CUDA context."""
+    """Override these ops for CUDA; imports and compiles nothing and creates no CUDA context."""
     library.impl("kron_rotate", _kron_rotate, "CUDA")
     library.impl("kron_gram", _kron_gram, "CUDA")
+    library.impl("stiefel_sgd_", _stiefel_sgd_, "CUDA")
+    library.impl("stiefel_adam_", _stiefel_adam_, "CUDA")
 
 
 def _kron_rotate(
@@ -40,3 +44,33 @@ def _kron_gram(a: Tensor, b: Tensor, dims: list[int], scale_b: Tensor | None) ->
     from spectral_kernels.triton_kernels.kron_gram import kron_gram
 
     return kron_gram(a, b, dims, scale_b)
+
+
+def _stiefel_sgd_(
+    factors: list[Tensor],
+    grads: list[Tensor],
+    velocities: list[Tensor],
+    lr: float,
+    momentum: float,
+    metric: float,
+) -> None:
+    from spectral_kernels.triton_kernels.stiefel import stiefel_sgd_
+
+    stiefel_sgd_(factors, grads, velocities, lr, momentum, metric)
+
+
+def _stiefel_adam_(
+    factors: list[Tensor],
+    grads: list[Tensor],
+    velocities: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    metric: float,
+) -> None:
+    from spectral_kernels.triton_kernels.stiefel import stiefel_adam_
+
+    stiefel_adam_(factors, grads, velocities, squares, steps, lr, beta1, beta2, eps, metric)

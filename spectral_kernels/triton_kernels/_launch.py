@@ -163,6 +163,16 @@ class GramPlan(Launch):
         }
 
 
+@dataclass(frozen=True)
+class StiefelLaunch(Launch):
+    """One optimizer step of one matrix per program, in tiles ``[tile, tile]``."""
+
+    tile: int
+
+    def constants(self) -> dict[str, Any]:
+        return {"TILE": self.tile, "STEP": CHUNK, "PRECISION": DOT_PRECISION}
+
+
 # Launch options: num_warps, num_stages and a limit of registers per thread or None. The limit does
 # not press registers down: left alone, the assembler may spill a few to fit one more program on a
 # multiprocessor, and a limit above what it needs keeps it from that.
@@ -194,14 +204,22 @@ _GRAM_TABLE: _Table = (
     ((3, None), (8192, 16, 2, 128)),
 )
 
+# size up to -> tile, options. The registers of a tile of 64 leave one program per multiprocessor,
+# those of 32 leave four.
+_STIEFEL_TABLE: _Table = (
+    ((16,), (16, 2, 1, None)),
+    ((64,), (32, 4, 1, 128)),
+    ((None,), (64, 8, 1, None)),
+)
+
 
 def supports(op: str, dtypes: Sequence[torch.dtype], dims: Sequence[int]) -> tuple[bool, str]:
     """Whether the Triton kernels take this call, and in one sentence why (not).
 
     Args:
-        op: ``"kron_rotate"`` or ``"kron_gram"``.
-        dtypes: of ``x``, or of ``a`` and ``b``.
-        dims: the factor sizes, outermost first.
+        op: ``"kron_rotate"``, ``"kron_gram"`` or ``"stiefel"``.
+        dtypes: of ``x``, of ``a`` and ``b``, or of a factor.
+        dims: the factor sizes, outermost first, or the size of the one factor.
     """
     if not dims or min(dims) < 1:
         return False, f"factor sizes must be at least 1 each, got {tuple(dims)}"
@@ -220,7 +238,13 @@ def supports(op: str, dtypes: Sequence[torch.dtype], dims: Sequence[int]) -> tup
         if plan_gram(dims) is None:
             return False, f"the sums of {dims} do not fit the registers of {MAX_BLOCKS} programs"
         return True, "one pass"
-    raise ValueError(f"op must be 'kron_rotate' or 'kron_gram', got {op!r}")
+    if op == "stiefel":
+        if dtypes[0] != torch.float32:
+            return False, f"{dtypes[0]} runs on the reference: factors are float32 in the kernel"
+        if dims[0] > MAX_AXIS:
+            return False, f"a factor above {MAX_AXIS} runs on the reference, got {dims[0]}"
+        return True, "one program"
+    raise ValueError(f"op must be 'kron_rotate', 'kron_gram' or 'stiefel', got {op!r}")
 
 
 def pad(n: int) -> int:
@@ -334,3 +358,10 @@ def plan_gram(dims: tuple[int, ...]) -> GramPlan | None:
     columns = _power_of_two(-(-k // blocks))
     rows = min(max(1, GRAM_CHUNK // 4 // columns), tokens)
     return GramPlan(warps, stages, registers, groups, sizes, padded, columns, blocks, rows, tokens)
+
+
+@lru_cache(maxsize=1024)
+def plan_stiefel(n: int) -> StiefelLaunch:
+    """The launch for matrices of size ``n``, up to ``MAX_AXIS``."""
+    tile, warps, stages, registers = _row(_STIEFEL_TABLE, n)
+    return StiefelLaunch(warps, stages, registers, tile)

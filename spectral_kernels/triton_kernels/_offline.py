@@ -25,17 +25,27 @@ from spectral_kernels.triton_kernels._launch import (
     TileLaunch,
     plan_gram,
     plan_rotate,
+    plan_stiefel,
 )
 from spectral_kernels.triton_kernels.kron_gram import _kron_gram_kernel
 from spectral_kernels.triton_kernels.kron_rotate import (
     _kron_rotate_axis_kernel,
     _kron_rotate_tile_kernel,
 )
+from spectral_kernels.triton_kernels.stiefel import _stiefel_kernel, rule_constants
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 # Kernel arguments that are numbers; all others are pointers or constexpr.
 _SCALARS = {"m": "i32", "share": "i32", "outer": "i32"}
+_STIEFEL_NUMBERS = (
+    "gradient", "keep", "mix", "keep_square", "mix_square", "log_beta1", "log_beta2", "eps",
+    "rate", "bound",
+)  # fmt: skip
+_TYPES = {**_SCALARS, **dict.fromkeys(_STIEFEL_NUMBERS, "fp32"), "table_ptr": "*i64"}
+
+# Lists of matrices that the op of this name takes.
+_STIEFEL_LISTS = {"stiefel_sgd": 3, "stiefel_adam": 4}
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,11 @@ def compile_variant(variant: Variant, capability: int) -> Iterator[Resources]:
         absent = [] if variant.scales else ["scale_ptr"]
         yield _compile(_kron_gram_kernel, plan, plan.constants(), dtypes, absent, capability)
         return
+    if variant.op in _STIEFEL_LISTS:
+        stiefel = plan_stiefel(variant.dims[0])
+        constants = {**rule_constants(_STIEFEL_LISTS[variant.op]), **stiefel.constants()}
+        yield _compile(_stiefel_kernel, stiefel, constants, {}, [], capability)
+        return
     passes = plan_rotate(variant.dims).passes
     last = len(passes) - 1
     for index, launch in enumerate(passes):
@@ -105,7 +120,7 @@ def _compile(
     signature = {
         name: "constexpr"
         if name in constants
-        else _SCALARS.get(name) or POINTERS[dtypes.get(name, torch.float32)]
+        else _TYPES.get(name) or POINTERS[dtypes.get(name, torch.float32)]
         for name in kernel.arg_names
     }
     # PyTorch's allocator aligns to 512 bytes, and a launch specialises on 16.

@@ -616,3 +616,11 @@ def test_no_synchronisation_on_a_gpu(optimizer: Callable[..., Any]) -> None:
         torch.cuda.set_sync_debug_mode("default")
         torch.backends.cuda.matmul.allow_tf32 = False
     assert max(orthogonality_error(p.cpu()) for p in params) <= 5e-6
+
+
+def test_sharded_factors_are_refused():
+    factor = nn.Parameter(torch.eye(4))
+    factor.full_tensor = lambda: factor
+    with pytest.raises(ValueError, match=r"params\[0\] must be whole .* ignored_params"):
+        StiefelAdam([factor])
+    StiefelAdam([{"params": [factor], "manifold": False}])

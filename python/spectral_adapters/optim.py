@@ -374,6 +374,11 @@ def _leave_out_frozen(group: dict[str, Any]) -> None:
 
 def _check_factor(name: str, factor: Tensor) -> None:
     shape = tuple(factor.shape)
+    if hasattr(factor, "full_tensor"):
+        raise ValueError(
+            f"{name} must be whole to step on its manifold; got a sharded tensor of shape {shape}: "
+            "keep it out of sharding (ignored_params of fully_shard)"
+        )
     if factor.dim() not in (2, 3) or shape[-1] != shape[-2]:
         raise ValueError(
             f"{name} must be square, [n, n] or [B, n, n], to step on its manifold; "

@@ -621,6 +621,6 @@ def test_no_synchronisation_on_a_gpu(optimizer: Callable[..., Any]) -> None:
 def test_sharded_factors_are_refused():
     factor = nn.Parameter(torch.eye(4))
     factor.full_tensor = lambda: factor
-    with pytest.raises(ValueError, match=r"params\[0\] must be whole .* ignored_params"):
+    with pytest.raises(ValueError, match=r"params\[0\] must be whole .*ignored_params"):
         StiefelAdam([factor])
     StiefelAdam([{"params": [factor], "manifold": False}])

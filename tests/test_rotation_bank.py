@@ -366,6 +366,20 @@ def test_half_precision_parameters_get_gradients_of_their_type():
         assert relative_error(a.float(), b.float()) < 1e-2
 
 
+def test_parameters_of_several_types_and_a_change_of_type():
+    model = Model()
+    RotationBank.attach(model)
+    gradients(model)
+    turning = [p for layer in model.layers[:3] for p in layer.rotation]
+    for count in (1, len(turning)):
+        for parameter in turning[:count]:
+            parameter.data = parameter.data.double()
+            parameter.grad = None
+        found = gradients(model)
+        assert [grad.dtype for grad in found] == [p.dtype for p in trained(model)]
+        assert_same([grad.float() for grad in found], gradients(Model()))
+
+
 def test_a_graph_under_capture_keeps_nothing(monkeypatch):
     """Replays of a CUDA graph see other parameters than the recording did."""
     model = Model("factored")

@@ -260,7 +260,8 @@ class RotationBank:
         self._outermost: int | None = None
         self._must_scan = True
         self._unseen: set[tuple[int, str]] = set()
-        self._hints: tuple[Any, ...] = ()
+        self._tracked: list[nn.Parameter] = []
+        self._hints: list[list[Any]] = []
         self._copies = None
         self._is_computed = self._was_capturing = False
 
@@ -316,30 +317,30 @@ class RotationBank:
         if found != self._entries:
             self._refuse_pending()
             self._entries = found
+            slots = [entry.slot for entry in found.values()]
+            self._tracked = [p for slot in slots for p in slot.rotation + slot.others]
             self._copies = None
         self._must_scan = False
 
     def _refresh(self) -> None:
         """Have all rotations computed anew unless every number is what it was."""
-        entries = self._entries.values()
-        tracked = [p for entry in entries for p in (*entry.slot.rotation, *entry.slot.others)]
-        hints = tuple([(p._version, p.requires_grad, p.device, p.dtype) for p in tracked])
+        tracked = self._tracked
+        hints: list[list[Any]] = [[p._version for p in tracked], [p.requires_grad for p in tracked]]
         with torch.inference_mode(False), torch.no_grad():
-            flat = [parameter.detach().reshape(-1) for parameter in tracked]
-            copies = [torch.cat(group) for group in _grouped(flat)]
+            copies = _flat_copies(tracked)
             is_capturing = _is_capturing()
             if (
                 self._copies is not None
                 and hints == self._hints
                 # A CUDA graph is replayed with other numbers, which nobody compares then.
                 and not (is_capturing or self._was_capturing)
-                and all(map(torch.equal, copies, self._copies))
+                and _are_equal(copies, self._copies)
             ):
                 return
             self._copies, self._hints, self._was_capturing = copies, hints, is_capturing
             self._refuse_pending()
             self._is_computed = False
-            for entry in entries:
+            for entry in self._entries.values():
                 entry.values = entry.graph = ()
                 entry.folded.rotated = entry.folded.weight = None
 
@@ -436,12 +437,23 @@ def _by_device(entries: Iterable[_Entry]) -> list[list[_Entry]]:
     return list(groups.values())
 
 
-def _grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors that can be concatenated, together."""
+def _flat_copies(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """All numbers of the parameters, in one tensor per device and dtype."""
+    flat = [p if p.dim() == 1 else p.reshape(-1) for p in parameters]
+    if len({p.device for p in flat}) <= 1 and len({p.dtype for p in flat}) <= 1:
+        return [torch.cat(flat)] if flat else []
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return list(groups.values())
+    for values in flat:
+        groups.setdefault((values.device, values.dtype), []).append(values)
+    return [torch.cat(group) for group in groups.values()]
+
+
+def _are_equal(copies: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether two results of :func:`_flat_copies` hold the same numbers in the same places."""
+    return len(copies) == len(others) and all(
+        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+        for a, b in zip(copies, others, strict=True)
+    )
 
 
 def _is_capturing() -> bool:

@@ -135,9 +135,7 @@ def with_peft(config: str, **options: object) -> Adapt:
         config_cls = getattr(ours, config, None) or getattr(peft, config)
         model = base.twin()
         with base.remembered():
-            peft.inject_adapter_in_model(
-                config_cls(target_modules=base.targets, **options), model
-            )
+            peft.inject_adapter_in_model(config_cls(target_modules=base.targets, **options), model)
         return model
 
     return adapt

@@ -227,6 +227,12 @@ RATIOS: dict[str, list[Ratio]] = {
         Ratio("compiled / ours", ("inverse batched, compiled",), ("ours",)),
         Ratio("ours / GEMMs", ("ours",), ("GEMMs",)),
     ],
+    "stiefel": [
+        Ratio("loop / ours", ("loop",), ("ours",), always(20.0)),
+        Ratio("batched / ours", ("batched plain",), ("ours",)),
+        Ratio("ours / copies", ("ours",), ("copies",)),
+        Ratio("ours, ms", ("ours",), (), at_least=False, gpu=always(0.3)),
+    ],
     "cayley_model": [
         Ratio(
             "loop / ours",
@@ -422,16 +428,21 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def write(entries: Sequence[Entry], folder: Path) -> Path:
     """Keep the numbers as JSON and the tables as Markdown; returns the JSON's path."""
-    now = datetime.datetime.now(datetime.UTC)
-    document = {"date": now.isoformat(timespec="seconds"), **conditions(), "entries": list(entries)}
+    date = now()
+    document = {"date": date, **conditions(), "entries": list(entries)}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_slug(document['machine'])}-{now:%Y-%m-%d}.json"
+    path = folder / f"{_slug(document['machine'])}-{date[:10]}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     facts = [document["machine"], document["versions"], document["backends"]]
     lines = [", ".join(f"{key}: {value}" for key, value in part.items()) for part in facts]
-    title = f"# Benchmarks of {now:%Y-%m-%d}, commit {document['commit']}"
+    title = f"# Benchmarks of {date[:10]}, commit {document['commit']}"
     path.with_suffix(".md").write_text("\n\n".join([title, *lines]) + "\n" + tables(entries) + "\n")
     return path
+
+
+def now() -> str:
+    """The time in ISO format."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def conditions() -> dict[str, Any]:

@@ -214,6 +214,7 @@ RATIOS: dict[str, list[Ratio]] = {
             of="peak_mib",
             beside="adapted_mib",
         ),
+        Ratio("memory: SODA / frozen", ("SODA",), ("frozen",), of="peak_mib"),
     ],
     "cayley": [
         Ratio(
@@ -393,12 +394,12 @@ def verdicts_of(entries: Sequence[Entry]) -> list[Verdict]:
 def targets(verdicts: Sequence[Verdict]) -> str:
     """How many are met, and those that are not, worst first."""
     missed = [v for v in verdicts if not v.is_met]
-    missed.sort(key=lambda v: 0.0 if v.value is None else _margin(v))
+    missed.sort(key=lambda v: 0.0 if v.value is None else margin(v))
     lines = [f"{len(verdicts) - len(missed)} met, {len(missed)} missed"]
     return "\n".join([*lines, *(f"- {verdict}" for verdict in missed)])
 
 
-def _margin(verdict: Verdict) -> float:
+def margin(verdict: Verdict) -> float:
     """Below 1 for a missed target, the less the worse."""
     assert verdict.value is not None
     share = verdict.value / verdict.bound

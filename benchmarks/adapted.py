@@ -12,6 +12,7 @@ from providers import LORA_ALPHA, LORA_RANK, OFT_BLOCK, SODAForward, Unavailable
 from torch import Tensor, nn
 
 from spectral_adapters import decomposition
+from spectral_adapters.decomposition import Fingerprint
 from spectral_adapters.factors import balanced_factors
 from spectral_adapters.functional import SpectralBasis
 
@@ -37,6 +38,7 @@ class Base:
         self.model = model.requires_grad_(False)
         self.targets = list(targets)
         self._bases: dict[tuple[object, ...], SpectralBasis] = {}
+        self._fingerprints: dict[tuple[object, ...], Fingerprint] = {}
         first: dict[torch.Size, Tensor] = {}
         for _, layer in self.layers(model):
             layer.weight.copy_(first.setdefault(layer.weight.shape, layer.weight))
@@ -70,6 +72,13 @@ class Base:
         """As ``spectral_adapters.decomposition.decompose_columns``, once per shape."""
         return self._remember(decompose_columns, weight, tuple(columns), algorithm)
 
+    def fingerprint(self, weight: Tensor, basis: SpectralBasis) -> Fingerprint:
+        """As ``spectral_adapters.decomposition.Fingerprint.of``, once per shape."""
+        key = (weight.shape, basis.left.shape, basis.right.shape)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint_of(weight, basis)
+        return self._fingerprints[key]
+
     def _remember(
         self, compute: Callable[..., SpectralBasis], weight: Tensor, *options: object
     ) -> SpectralBasis:
@@ -89,11 +98,13 @@ class Base:
         with (
             mock.patch.object(decomposition, "decompose", self.decompose),
             mock.patch.object(decomposition, "decompose_columns", self.decompose_columns),
+            mock.patch.object(Fingerprint, "of", self.fingerprint),
         ):
             yield
 
 
 decompose, decompose_columns = decomposition.decompose, decomposition.decompose_columns
+fingerprint_of = Fingerprint.of
 
 
 class PlainSODALinear(nn.Module):

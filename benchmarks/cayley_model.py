@@ -273,10 +273,10 @@ def products(problem: CayleyModelProblem) -> Candidate:
 CAYLEY_MODEL_PROVIDERS: dict[str, Callable[[CayleyModelProblem], Candidate]] = {
     "ours": ours_batched,
     "ours, own parameters": ours_one_by_one,
-    "ours, CUDA graph": ours_in_a_graph,
     "solve loop": solve_loop,
     "inv_ex": inverse(_invert_all),
     "inv_ex, own parameters": inverse_stacked,
     "inv_ex, compiled": inverse(torch.compile(_invert_all, dynamic=False)),
     "GEMMs": products,
+    "ours, CUDA graph": ours_in_a_graph,
 }

@@ -19,7 +19,7 @@ from typing import Any
 import report
 import torch
 from adapted import METHODS, Adapt, Base, held_bytes, with_plain
-from measure import measure
+from measure import WRONG, measure
 from providers import (
     PLAIN,
     SODA_PROVIDERS,
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for found in document["sweeps"].values()
         for point in found["points"]
         for name, problem in point["problems"].items()
-        if problem.startswith("wrong")
+        if problem.startswith(WRONG)
     ]
     print("\n".join(wrong))
     return 1 if wrong else 0

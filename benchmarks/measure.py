@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +19,9 @@ from torch import Tensor
 
 #: Of a candidate that does not say otherwise.
 TOLERANCE = TOLERANCES["float32"]
+
+#: How the problem of a provider begins that should have worked.
+WRONG = ("wrong: ", "failed: ")
 
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 400
 
@@ -44,7 +48,8 @@ class Result:
 
     @property
     def is_wrong(self) -> bool:
-        return self.problem.startswith("wrong")
+        """Whether it failed or disagrees with its oracle, not merely is not installed."""
+        return self.problem.startswith(WRONG)
 
     def percentiles(self) -> dict[str, float]:
         """Seconds at the minimum and the 20th, 50th and 80th percentile."""
@@ -72,10 +77,15 @@ def measure(
         results[name] = Result()
         try:
             candidate = provider(problem)
+            results[name].error = error_of(candidate)
         except Unavailable as reason:
             results[name].problem = str(reason)
             continue
-        results[name].error = error_of(candidate)
+        except Exception as error:
+            # The others are still worth measuring.
+            traceback.print_exc()
+            results[name].problem = f"failed: {type(error).__name__}: {error}"
+            continue
         results[name].held_bytes = candidate.held_bytes
         if results[name].error <= candidate.tolerance:
             steps[name] = candidate.step

@@ -117,7 +117,8 @@ class UNetProblem:
         self.case = case
         torch.manual_seed(0)
         dtype, device = _DTYPES[case.dtype], case.device
-        model = unet(case.model)
+        with torch.device(device):
+            model = unet(case.model)
         # Not model.to: diffusers warns of every cast.
         self.base = Base(nn.Module.to(model, device, dtype), TARGETS)
         options = {"device": device, "dtype": dtype}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -161,6 +162,16 @@ def test_a_section_that_fails_is_noted_and_fails_the_run(monkeypatch, tmp_path, 
     assert "cayley_model failed" in capsys.readouterr().err
 
 
+def test_a_section_has_a_process_and_a_time_limit():
+    import gpu_bench
+
+    options = argparse.Namespace(device="cpu", smoke=True, seconds=0.0)
+    document = gpu_bench.section_in_a_process("ops", options, limit=120)
+    assert document["sections"] == {"ops": "ok"} and document["ops"]
+    document = gpu_bench.section_in_a_process("ops", options, limit=0.01)
+    assert document["sections"] == {"ops": "failed: out of time after 0 s"}
+
+
 def test_growth_draws_its_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     assert growth.main(["--smoke", "--images", str(tmp_path), "--results", str(tmp_path)]) == 0
@@ -260,6 +271,19 @@ def test_a_wrong_provider_is_not_timed(position, change):
     assert results["naive"].seconds == [] and results["naive"].problem.startswith("wrong")
     with pytest.raises(pytest.fail.Exception, match="wrong"):
         measure.deliver(None, "", results["naive"])
+
+
+def test_a_provider_that_fails_leaves_the_others(capsys):
+    def broken(problem):
+        raise RuntimeError("out of luck")
+
+    providers = {"broken": broken, "ours auto": SODA_PROVIDERS["ours auto"]}
+    results = measure.measure(SODA, providers, seconds=0.0)
+    assert results["broken"].problem == "failed: RuntimeError: out of luck"
+    assert results["broken"].is_wrong and results["ours auto"].seconds
+    assert "out of luck" in capsys.readouterr().err
+    with pytest.raises(pytest.fail.Exception, match="out of luck"):
+        measure.deliver(None, "", results["broken"])
 
 
 def test_report_refuses_the_ratio_of_a_wrong_provider(tmp_path):

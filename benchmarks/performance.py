@@ -35,9 +35,9 @@ COMMANDS = {
     "low_rank": "python benchmarks/report.py -k test_low_rank",
     "unet_step": "python benchmarks/report.py -k test_unet",
     "cayley_model": "python benchmarks/report.py -k test_cayley_model",
-    "cayley": "python benchmarks/report.py -k test_cayley.py",
     "stiefel": "python benchmarks/report.py -k test_stiefel",
 }
+GPU_COMMAND = "bash benchmarks/gpu_run.sh"
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,8 @@ def _row(line: Line, entries: Sequence[Entry]) -> list[str]:
         if known:
             floors.append(f"{device}: {_span(known)}")
     floor_text = "; ".join([*floors, line.floor[1]] if floors else [])
-    command = f"`{COMMANDS[line.entry]}`"
+    commands = [COMMANDS[line.entry]] * bool(line.cpu) + [GPU_COMMAND] * bool(line.gpu)
+    command = ", ".join(f"`{command}`" for command in commands)
     return [line.what, line.cpu, cells["cpu"], line.gpu, cells["cuda"], floor_text, command]
 
 

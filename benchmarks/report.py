@@ -4,7 +4,7 @@
 ``-k n1280``) and writes ``benchmarks/results/<machine>-<date>.json`` and ``.md``. Its exit status
 is not zero if a provider disagrees with its oracle, which leaves it without time or ratio.
 ``python benchmarks/report.py --write-docs`` measures nothing and brings ``docs/performance.md`` up
-to date with the newest results; after it, a path chooses the CPU's results.
+to date with the newest results in that folder, or with the files that are named.
 """
 
 from __future__ import annotations

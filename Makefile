@@ -54,7 +54,9 @@ check: lint install
 		tests/test_soda.py tests/test_decomposition.py tests/test_planner.py tests/test_architecture.py
 
 bench: install
-	$(BIN)/python -P benchmarks/report.py
+	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/report.py --write-docs
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -1,48 +1,72 @@
-"""Times the kernels on this machine's GPU, after checking every one of them against float64.
+"""Checks every op on this machine's GPU against float64, and times everything there is.
 
     python benchmarks/gpu_bench.py --output benchmarks/results
     python benchmarks/gpu_bench.py --device cpu --smoke     # that it runs; its times mean nothing
 
-``kron_rotate`` and ``kron_gram`` are timed as CUDA graphs over inputs that together exceed the L2
-cache, so neither Python nor the cache is measured; whole Cayley and SODALinear steps are timed as
-they are called. A provider that is wrong is reported as wrong, gets no time, and makes the exit
-status 1.
+Every section is a process of its own, so that what breaks one leaves the others alone, and what
+was measured before a section failed or ran out of time is kept. The kernels are timed as CUDA
+graphs over inputs that together exceed the L2 cache; whole steps by CUDA events as they are called,
+with the cache emptied before. A provider that is wrong is reported as wrong, gets no time, and
+makes the exit status 1, as does a section that fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
+import report
 import torch
-from measure import measure
-from providers import CAYLEY_PROVIDERS, SODA_PROVIDERS, CayleyCase, SODACase
-from stiefel_providers import SDXL, STIEFEL_PROVIDERS, StiefelCase
+from measure import WRONG, measure
+from providers import (
+    CAYLEY_PROVIDERS,
+    LOW_RANK_PROVIDERS,
+    SODA_PROVIDERS,
+    CayleyCase,
+    LowRankCase,
+    SODACase,
+    Unavailable,
+)
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from spectral_kernels import backend_report
+from spectral_kernels.ops import OPS
 from spectral_kernels.ops.kron import kron_gram_reference, kron_rotate_reference
 from spectral_kernels.triton_kernels import _launch
 
 Call = Callable[..., Sequence[Tensor]]
 
 #: Largest difference over the largest expected magnitude of an output, by the output's dtype.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
 
 ROUNDS = 50
+
+#: Arguments that are in fp32 whatever the others are, by op and position.
+ALWAYS_FP32 = {"stiefel_adam_": {4}}
+
+#: Providers that a GPU needs no time for: slow, and no rival.
+SKIPPED = {"solve loop", "loop"}
+
 ROTATE_OPTIONS = (False, None, None)
 
 
@@ -184,6 +208,16 @@ def check(entry: Entry, call: Call) -> float:
     call(*inputs)  # compiles, where there is something to compile
     with poisoned_memory():
         actual = call(*inputs)
+    return disagreement(actual, expected)
+
+
+def disagreement(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], coarsest: float = 0.0
+) -> float:
+    """Largest error of any output in units of its tolerance; NaN is infinite.
+
+    The tolerance is that of the output's dtype, but no less than ``coarsest``.
+    """
     worst = 0.0
     for value, oracle in zip(actual, expected, strict=True):
         if value.shape != oracle.shape:
@@ -191,9 +225,51 @@ def check(entry: Entry, call: Call) -> float:
         if value.numel() == 0:
             continue
         difference = (value.double() - oracle).abs().amax()
-        error = float(difference / oracle.abs().amax().clamp_min(1e-30)) / TOLERANCE[value.dtype]
+        error = float(difference / oracle.abs().amax().clamp_min(1e-30))
+        error /= max(TOLERANCE[value.dtype], coarsest)
         worst = max(worst, error if error == error else float("inf"))
     return worst
+
+
+def check_op(name: str, sample: tuple[Any, ...], device: str) -> float:
+    """Error of a raw op on one sample in units of the tolerance, its outputs poisoned before.
+
+    Ops that change their arguments are compared in what they leave there.
+    """
+    if name == "cayley_bwd":
+        # Its formula holds for rotations only; the samples are there for their shapes.
+        sample = (sample[0], [rotation_like(matrix) for matrix in sample[1]])
+
+    def moved(value: Any) -> Any:
+        return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+    def widened(value: Any) -> Any:
+        is_wide = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(device, torch.float64, copy=True) if is_wide else moved(value)
+
+    kept = ALWAYS_FP32.get(name, set())
+    arguments = tree_map(moved, sample)
+    wide = [tree_map(moved if i in kept else widened, value) for i, value in enumerate(sample)]
+    with poisoned_memory():
+        outputs = getattr(torch.ops.spectral, name)(*arguments)
+    expected = OPS[name].reference(*wide)
+    if outputs is None:
+        outputs, expected = arguments, wide
+    actual, oracle = _tensors(outputs), _tensors(expected)
+    # Mixed arguments: what comes out is no more precise than any that went in.
+    coarsest = max((TOLERANCE.get(tensor.dtype, 0.0) for tensor in _tensors(sample)), default=0.0)
+    return disagreement(actual, oracle, coarsest)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def rotation_like(matrix: Tensor) -> Tensor:
+    """Some rotations [..., n, n] made of any matrices of that shape."""
+    skew = (matrix - matrix.mT).double() / 2
+    identity = torch.eye(matrix.shape[-1], dtype=torch.float64)
+    return torch.linalg.solve(identity - skew, identity + skew).to(matrix.dtype)
 
 
 def run_entry(entry: Entry, device: str, rounds: int) -> dict[str, Timing]:
@@ -261,11 +337,15 @@ def elapsed(run: Callable[[], None], device: str) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def entries(device: str, smoke: bool) -> Iterator[Entry]:
+def kernels(device: str, smoke: bool) -> Iterator[Entry]:
     """What is timed: the published presets, the balanced factors of common widths, both dtypes."""
     if smoke:
-        yield rotate_entry(9, (6, 8, 16), torch.bfloat16, device)
-        yield gram_entry(9, (6, 8, 16), torch.float32, device)
+        for entry in (
+            rotate_entry(9, (6, 8, 16), torch.bfloat16, device),
+            gram_entry(9, (6, 8, 16), torch.float32, device),
+        ):
+            del entry.providers["reference compiled"]
+            yield entry
         return
     for make in (rotate_entry, gram_entry):
         for rows in (308, 8192):
@@ -276,102 +356,262 @@ def entries(device: str, smoke: bool) -> Iterator[Entry]:
         yield make(1024, (128, 128), torch.bfloat16, device)
 
 
-def steps(device: str, smoke: bool) -> Iterator[tuple[str, dict[str, Callable], Any]]:
-    """Whole steps, from the shared providers: fp32, forward and backward or the optimizer's."""
+Steps = Iterator[tuple[dict[str, Callable[[Any], Any]], Any]]
+
+
+def soda_linear(device: str, smoke: bool) -> Steps:
+    """Training steps of one layer."""
+    cases = [
+        *(SODACase(1280, tokens, device, "bfloat16") for tokens in (77, 256, 1024, 4096)),
+        # Only there to be compared with the CPU.
+        SODACase(1280, 4096, device),
+        *(SODACase(2048, tokens, device, "bfloat16") for tokens in (1024, 4096, 8192)),
+        SODACase(640, 4096, device, "bfloat16"),
+    ]
+    for case in [SODACase(32, 16, device, "bfloat16")] if smoke else cases:
+        yield SODA_PROVIDERS, case
+
+
+def low_rank(device: str, smoke: bool) -> Steps:
+    """Training steps of Spectral Adapters A and R."""
+    sizes = [(32, 8)] if smoke else [(n, m) for n in (640, 1280, 2048) for m in (77, 1024, 4096)]
+    for n, tokens in sizes:
+        yield LOW_RANK_PROVIDERS, LowRankCase(n, tokens, device, "bfloat16")
+
+
+def cayley(device: str, smoke: bool) -> Steps:
+    """Batches of one size."""
+    for count, n in [(3, 8)] if smoke else ((48, 32), (48, 40), (96, 64), (24, 128)):
+        yield CAYLEY_PROVIDERS, CayleyCase(count, n, True, device)
+
+
+def cayley_model(device: str, smoke: bool) -> Steps:
+    """All rotations of an SDXL adapter."""
+    from cayley_model import CAYLEY_MODEL_PROVIDERS, CayleyModelCase
+
+    for preset in ("toy",) if smoke else ("published", "balanced"):
+        yield CAYLEY_MODEL_PROVIDERS, CayleyModelCase(preset, device)
+
+
+def stiefel(device: str, smoke: bool) -> Steps:
+    """Optimizer steps of all factors of an SDXL adapter."""
+    if find_spec("stiefel_providers") is None:
+        raise Unavailable("there is no benchmarks/stiefel_providers.py")
+    from stiefel_providers import SDXL, STIEFEL_PROVIDERS, StiefelCase
+
+    yield STIEFEL_PROVIDERS, StiefelCase(((2, 4), (1, 3)) if smoke else SDXL, device)
+
+
+def unet_step(device: str, smoke: bool) -> Steps:
+    """Training steps of whole UNets."""
+    from unet_providers import UNET_PROVIDERS, UNetCase
+
     if smoke:
-        yield "cayley", CAYLEY_PROVIDERS, CayleyCase(3, 8, True, device)
-        yield "stiefel", STIEFEL_PROVIDERS, StiefelCase(((2, 5), (3, 20)), device)
-        yield "soda", SODA_PROVIDERS, SODACase(64, 32, device)
+        yield UNET_PROVIDERS, UNetCase("toy", 4, device)
         return
-    yield "stiefel", STIEFEL_PROVIDERS, StiefelCase(SDXL, device)
-    for count, n in ((48, 32), (48, 40), (96, 64), (24, 128)):
-        yield "cayley", CAYLEY_PROVIDERS, CayleyCase(count, n, True, device)
-    for n, tokens in ((640, 4096), (1280, 308), (1280, 4096), (2048, 8192)):
-        yield "soda", SODA_PROVIDERS, SODACase(n, tokens, device)
+    yield UNET_PROVIDERS, UNetCase("sd15", 64, device, "bfloat16", batch=4)
+    yield UNET_PROVIDERS, UNetCase("sdxl", 128, device, "bfloat16")
 
 
-def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Medians and the ratio to the first provider; a wrong provider gets its reason instead."""
-    first = next(iter(rows.values())).get("seconds")
-    print(f"\n{title}")
-    for name, row in rows.items():
-        if "seconds" not in row:
-            print(f"  {name:<22} {row['problem']}")
-            continue
-        low, middle, high = (row["seconds"][p] * 1e6 for p in ("20", "50", "80"))
-        ratio = f"{middle / 1e6 / first['50']:6.2f}x" if first else "   red"
-        print(f"  {name:<22} {middle:10.1f} us  ({low:.1f} .. {high:.1f})  {ratio}")
+STEPS: dict[str, Callable[[str, bool], Steps]] = {
+    "unet_step": unet_step,
+    "soda_linear": soda_linear,
+    "cayley_model": cayley_model,
+    "stiefel": stiefel,
+    "low_rank": low_rank,
+    "cayley": cayley,
+}
+
+#: Sections in the order they run, what matters most first, and their limits in seconds.
+SECTIONS = {
+    "ops": 60,
+    "unet_step": 170,
+    "soda_linear": 90,
+    "cayley_model": 60,
+    "stiefel": 30,
+    "low_rank": 40,
+    "cayley": 40,
+    "kernels": 150,
+}
+
+Document = dict[str, Any]
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What the numbers were taken on."""
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    found: dict[str, Any] = {
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "device": platform.processor() or platform.machine(),
-        "backends": {name: row.implementation for name, row in backend_report().items()},
-    }
-    if device == "cuda":
-        import triton
+def run_section(name: str, arguments: argparse.Namespace, document: Document) -> Iterator[None]:
+    """Measure one section into ``document``; yields whenever there is something more in it."""
+    device, smoke = arguments.device, arguments.smoke
+    if name == "ops":
+        for op, samples in op_samples().items():
+            for number, sample in enumerate(samples):
+                error = check_op(op, sample, device)
+                problem = f"wrong: {error:.1f} times the tolerance" if error > 1 else ""
+                row = {"error": error, "problem": problem}
+                document["ops"][f"{op} sample {number}"] = {"op": row}
+        yield
+        return
+    if name == "kernels":
+        for entry in kernels(device, smoke):
+            timings = run_entry(entry, device, 2 if smoke else ROUNDS)
+            rows = {provider: timing.record() for provider, timing in timings.items()}
+            document["kernels"][str(entry)] = rows
+            yield
+            torch.compiler.reset()
+        return
+    for providers, case in STEPS[name](device, smoke):
+        chosen = {
+            provider: make
+            for provider, make in providers.items()
+            if not (smoke and "compiled" in provider) and (smoke or provider not in SKIPPED)
+        }
+        results = measure(case, chosen, 0.0 if smoke else arguments.seconds)
+        document["entries"].append(report.describe(name, case, results))
+        yield
+        torch.compiler.reset()
 
-        found["triton"] = triton.__version__
-        found["device"] = torch.cuda.get_device_name(0)
-        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(0)))
-    return found
+
+def op_samples() -> dict[str, list[tuple[Any, ...]]]:
+    """Fresh random arguments for every op, hostile ones included: those of the tests."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    print(f"seed of the samples: {torch.seed()}")
+    from test_ops import SAMPLES
+
+    return SAMPLES
+
+
+def section_by_itself(name: str, arguments: argparse.Namespace) -> Document:
+    """One section in this process; a failure is noted and ends it."""
+    document: Document = {"entries": [], "kernels": {}, "ops": {}, "sections": {name: "ok"}}
+    try:
+        for _ in run_section(name, arguments, document):
+            keep(document, arguments.part)
+    except Unavailable as reason:
+        document["sections"][name] = f"skipped: {reason}"
+    except Exception as error:
+        traceback.print_exc()
+        document["sections"][name] = f"failed: {type(error).__name__}: {error}"
+    keep(document, arguments.part)
+    return document
+
+
+def keep(document: Document, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(document))
+
+
+def section_in_a_process(name: str, arguments: argparse.Namespace, limit: float) -> Document:
+    """One section in a process of its own, and what it had when it ended, however it did."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "part.json"
+        command = [sys.executable, __file__, "--only", name, "--part", str(part)]
+        command += ["--device", arguments.device, "--seconds", str(arguments.seconds)]
+        command += ["--smoke"] * arguments.smoke
+        try:
+            status = subprocess.run(command, timeout=limit, check=False).returncode
+            ending = f"failed: the process ended with {status}" if status else ""
+        except subprocess.TimeoutExpired:
+            ending = f"failed: out of time after {limit:.0f} s"
+        document: Document = {"entries": [], "kernels": {}, "ops": {}, "sections": {}}
+        if part.exists():
+            document |= json.loads(part.read_text())
+        if ending:
+            document["sections"][name] = ending
+        return document
+
+
+def table(document: Document) -> str:
+    """Everything as one table: medians, and the ratio to the first provider of a case."""
+    lines = [f"{'case':<44} {'provider':<30} {'median us':>12} {'20 % .. 80 %':>24} {'ratio':>8}"]
+    cases: dict[str, dict[str, Any]] = dict(document["kernels"])
+    for entry in document["entries"]:
+        cases[f"{entry['entry']} {entry['name']}"] = entry["providers"]
+    for case, rows in cases.items():
+        first = _microseconds(next(iter(rows.values())))
+        for name, row in rows.items():
+            times = _microseconds(row)
+            if times is None:
+                lines.append(f"{case:<44} {name:<30} {row['problem']}")
+                continue
+            low, middle, high = times
+            ratio = f"{middle / first[1]:.2f}" if first else ""
+            spread = f"{low:.1f} .. {high:.1f}"
+            lines.append(f"{case:<44} {name:<30} {middle:12.1f} {spread:>24} {ratio:>8}")
+    wrong = [name for name, rows in document["ops"].items() if rows["op"]["problem"]]
+    checked = f"{len(document['ops'])} samples of raw ops against float64, {len(wrong)} wrong"
+    return "\n".join([*lines, "", checked, *wrong])
+
+
+def _microseconds(row: dict[str, Any]) -> tuple[float, float, float] | None:
+    """20th, 50th and 80th percentile."""
+    if "milliseconds" in row:
+        times, unit = row["milliseconds"], 1e3
+    elif "seconds" in row:
+        times, unit = row["seconds"], 1e6
+    else:
+        return None
+    return times["20"] * unit, times["50"] * unit, times["80"] * unit
+
+
+def wrong_ones(document: Document) -> list[str]:
+    """Whatever disagrees with float64 or the oracle of its case."""
+    cases = {**document["kernels"], **document["ops"]}
+    cases |= {f"{e['entry']} {e['name']}": e["providers"] for e in document["entries"]}
+    return [
+        f"{case}: {name}: {row['problem']}"
+        for case, rows in cases.items()
+        for name, row in rows.items()
+        if row.get("problem", "").startswith(WRONG)
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, help="folder for the JSON file; none without it")
-    parser.add_argument("--smoke", action="store_true", help="one tiny shape of each")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per Cayley or SODA case")
+    parser.add_argument("--smoke", action="store_true", help="one tiny shape of each, one process")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time per case of whole steps")
+    parser.add_argument("--minutes", type=float, default=6.0, help="time of all sections together")
+    parser.add_argument("--only", choices=SECTIONS, help="one section, in this process")
+    parser.add_argument("--part", type=Path, help="where --only keeps its numbers")
     arguments = parser.parse_args()
-    device, smoke = arguments.device, arguments.smoke
-    if device == "cuda" and not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device here")
     torch.manual_seed(0)
+    if arguments.only:
+        section_by_itself(arguments.only, arguments)
+        return 0
 
-    report: dict[str, Any] = {**environment(device), "results": {}}
-    print(json.dumps({key: value for key, value in report.items() if key != "results"}))
-    rounds = 2 if smoke else ROUNDS
-    for entry in entries(device, smoke):
-        timings = run_entry(entry, device, rounds)
-        rows = {name: timing.record() for name, timing in timings.items()}
-        report["results"][str(entry)] = rows
-        print_table(str(entry), rows)
-        torch.compiler.reset()
-    for kind, providers, case in steps(device, smoke):
-        results = measure(case, providers, 0.0 if smoke else arguments.seconds)
-        rows = {}
-        for name, result in results.items():
-            rows[name] = {"error": result.error, "problem": result.problem, "mode": "eager"}
-            if result.seconds:
-                rows[name] |= {"seconds": result.percentiles(), "rounds": len(result.seconds)}
-        report["results"][f"{kind} {case}"] = rows
-        print_table(f"{kind} {case}", rows)
+    conditions = report.conditions()
+    print(json.dumps(conditions))
+    document: Document = {"entries": [], "kernels": {}, "ops": {}, "sections": {}}
+    end = time.monotonic() + 60 * arguments.minutes
+    for name, limit in SECTIONS.items():
+        left = end - time.monotonic()
+        if arguments.smoke:
+            part = section_by_itself(name, arguments)
+        elif left < 1:
+            part = {"sections": {name: "failed: no time left"}}
+        else:
+            part = section_in_a_process(name, arguments, min(limit, left))
+        print(f"{name}: {part['sections'].get(name)}", flush=True)
+        for key, found in part.items():
+            document[key] = document[key] + found if key == "entries" else document[key] | found
 
-    wrong = [
-        f"{title}: {name}"
-        for title, rows in report["results"].items()
-        for name, row in rows.items()
-        if row["problem"].startswith("wrong")
-    ]
+    print(f"\n{table(document)}\n")
+    verdicts = report.verdicts_of(document["entries"])
+    if verdicts:
+        print(f"targets: {report.targets(verdicts)}")
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        name = report["device"].lower().replace(" ", "-") if device == "cuda" else "cpu"
-        path = arguments.output / f"gpu_bench_{name}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"\nwritten to {path}")
-    for line in wrong:
-        print(f"WRONG {line}", file=sys.stderr)
-    return 1 if wrong else 0
+        device = conditions["machine"].get("gpu", "cpu") if arguments.device == "cuda" else "cpu"
+        path = arguments.output / f"gpu_bench_{report.slug(device)}.json"
+        document = {"date": report.now(), **conditions, **document}
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        print(f"written to {path}")
+    bad = [f"WRONG {line}" for line in wrong_ones(document)]
+    bad += [f"{name} {state}" for name, state in document["sections"].items() if "failed" in state]
+    for line in bad:
+        print(line, file=sys.stderr)
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -28,6 +28,13 @@ Step = Callable[[], Tensors]
 LORA_RANK, LORA_ALPHA = 8, 16
 OFT_BLOCK = 32
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MARKS = {"float32": "", "bfloat16": "-bf16"}
+
+#: Largest error of any output, relative to that output's largest entry: fp32 sums of 4,096 terms,
+#: and a handful of roundings to 8 bits one after the other.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+
 
 def _itself(outputs: Tensors) -> Tensors:
     return outputs
@@ -41,11 +48,15 @@ class Candidate:
         step: what is timed; returns the value and every gradient.
         oracle: the same tensors in float64.
         comparable: brings the step's tensors into the oracle's form, outside the timing.
+        tolerance: largest error of any output, relative to that output's largest entry.
+        held_bytes: what it keeps between steps beside the inputs, where that is of interest.
     """
 
     step: Step
     oracle: Step
     comparable: Callable[[Tensors], Tensors] = _itself
+    tolerance: float = TOLERANCES["float32"]
+    held_bytes: int = 0
 
 
 class Unavailable(Exception):
@@ -84,14 +95,15 @@ def _exact_cayley(upper: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SODACase:
-    """A square SODALinear [n, n] and a batch of M tokens, fp32."""
+    """A square SODALinear [n, n] and a batch of M tokens; what is trained is fp32."""
 
     n: int
     tokens: int
     device: str
+    dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"n{self.n}-M{self.tokens}-{self.device}"
+        return f"n{self.n}-M{self.tokens}{_MARKS[self.dtype]}-{self.device}"
 
     def build(self) -> SODAProblem:
         return SODAProblem(self)
@@ -111,10 +123,10 @@ class SODAProblem:
     def __init__(self, case: SODACase) -> None:
         self.case = case
         generator = torch.Generator().manual_seed(case.n + case.tokens)
-        shape, device = (case.tokens, case.n), case.device
-        self.x = torch.randn(shape, generator=generator).to(device).requires_grad_()
-        self.grad = torch.randn(shape, generator=generator).to(device)
-        self.layer = _soda_layer(case.n, device)
+        shape, options = (case.tokens, case.n), (case.device, DTYPES[case.dtype])
+        self.x = torch.randn(shape, generator=generator).to(*options).requires_grad_()
+        self.grad = torch.randn(shape, generator=generator).to(*options)
+        self.layer = _soda_layer(case.n, case.device)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -124,6 +136,15 @@ class SODAProblem:
     def weight(self) -> Tensor:
         """The base weight [n, n]."""
         return (self.layer.left * self.layer.singular_values) @ self.layer.right
+
+    @property
+    def basis(self) -> list[Tensor]:
+        """U, S and V^T in the dtype of the tokens."""
+        return [factor.detach().to(self.x.dtype) for factor in self.layer.basis]
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCES[self.case.dtype]
 
     def squares(self) -> list[Tensor]:
         """The trained rotation as strictly upper triangular [n_i, n_i] leaves."""
@@ -147,7 +168,8 @@ class SODAProblem:
 def _soda_layer(n: int, device: str) -> SODALinear:
     """The layer of all batch sizes: its decomposition takes longer than its timing."""
     torch.manual_seed(n)
-    layer = SODALinear.from_linear(nn.Linear(n, n, bias=False)).to(device)
+    # Decomposed where it is used: on a GPU in a fraction of the time.
+    layer = SODALinear.from_linear(nn.Linear(n, n, bias=False).to(device))
     assert layer.factor_sizes == balanced_factors(n)
     with torch.no_grad():
         layer.delta.normal_(0, 0.1)
@@ -167,18 +189,19 @@ def ours(plan: str) -> Callable[[SODAProblem], Candidate]:
             layer.plan = plan
             return _step(layer(problem.x), trained, problem.grad)
 
-        return Candidate(step, lambda: problem.expected)
+        return Candidate(step, lambda: problem.expected, tolerance=problem.tolerance)
 
     return provider
 
 
-def _rotations_by_solve(squares: Tensors) -> list[Tensor]:
+def _rotations_by_solve(squares: Tensors, dtype: torch.dtype) -> list[Tensor]:
+    """The rotations [n_i, n_i], computed in the squares' dtype and used in ``dtype``."""
     rotations = []
     for square in squares:
         upper = square.triu(1) * 0.5
         skew = upper - upper.mT
         identity = torch.eye(len(square), dtype=square.dtype, device=square.device)
-        rotations.append(torch.linalg.solve(identity - skew, identity + skew))
+        rotations.append(torch.linalg.solve(identity - skew, identity + skew).to(dtype))
     return rotations
 
 
@@ -204,16 +227,17 @@ def naive_forward(
     x: Tensor, left: Tensor, spectrum: Tensor, right: Tensor, delta: Tensor, squares: Tensors
 ) -> Tensor:
     """What the published method does at every step: everything dense, all through autograd."""
-    rotation = reduce(torch.kron, _rotations_by_solve(squares))
-    return linear(x, left @ rotation @ torch.diag(spectrum + delta) @ right)
+    rotation = reduce(torch.kron, _rotations_by_solve(squares, x.dtype))
+    scale = (spectrum + delta).to(x.dtype)
+    return linear(x, left @ rotation @ torch.diag(scale) @ right)
 
 
 def plain_tokens(
     x: Tensor, left: Tensor, spectrum: Tensor, right: Tensor, delta: Tensor, squares: Tensors
 ) -> Tensor:
     """Four products over the tokens, which are rotated themselves."""
-    t = linear(x, right) * (spectrum + delta)
-    back = [rotation.mT for rotation in _rotations_by_solve(squares)]
+    t = linear(x, right) * (spectrum + delta).to(x.dtype)
+    back = [rotation.mT for rotation in _rotations_by_solve(squares, x.dtype)]
     return linear(_rotate_rows(t, back), left)
 
 
@@ -221,16 +245,16 @@ def plain_factored(
     x: Tensor, left: Tensor, spectrum: Tensor, right: Tensor, delta: Tensor, squares: Tensors
 ) -> Tensor:
     """The basis is rotated, not the tokens."""
-    rotated = _rotate_rows(left, _rotations_by_solve(squares))
-    return linear(linear(x, right) * (spectrum + delta), rotated)
+    rotated = _rotate_rows(left, _rotations_by_solve(squares, x.dtype))
+    return linear(linear(x, right) * (spectrum + delta).to(x.dtype), rotated)
 
 
 def plain_merged(
     x: Tensor, left: Tensor, spectrum: Tensor, right: Tensor, delta: Tensor, squares: Tensors
 ) -> Tensor:
     """W' from the rotated basis, then an ordinary linear layer."""
-    rotated = _rotate_rows(left, _rotations_by_solve(squares))
-    return linear(x, (rotated * (spectrum + delta)) @ right)
+    rotated = _rotate_rows(left, _rotations_by_solve(squares, x.dtype))
+    return linear(x, (rotated * (spectrum + delta).to(x.dtype)) @ right)
 
 
 PLAIN: dict[str, SODAForward] = {
@@ -245,7 +269,7 @@ def through_autograd(forward: SODAForward) -> Callable[[SODAProblem], Candidate]
 
     def provider(problem: SODAProblem) -> Candidate:
         layer, squares = problem.layer, problem.squares()
-        left, spectrum, right = [t.detach() for t in layer.basis]
+        left, spectrum, right = problem.basis
         delta = layer.delta.detach().clone().requires_grad_()
 
         def step() -> Tensors:
@@ -256,7 +280,7 @@ def through_autograd(forward: SODAForward) -> Callable[[SODAProblem], Candidate]
             y, dx, d_delta, *d_squares = outputs
             return [y, dx, d_delta, *map(_pack, d_squares)]
 
-        return Candidate(step, lambda: problem.expected, comparable)
+        return Candidate(step, lambda: problem.expected, comparable, problem.tolerance)
 
     return provider
 
@@ -290,7 +314,7 @@ def lora(problem: SODAProblem | LowRankProblem) -> Candidate:
         y = x @ weight.mT + LORA_ALPHA / LORA_RANK * (x @ a.mT) @ b.mT
         return _step(y, [x, a, b], problem.grad.double())
 
-    return Candidate(lambda: _step(layer(problem.x), trained, problem.grad), oracle)
+    return _trained_layer(problem, layer, trained, oracle)
 
 
 def oft(problem: SODAProblem) -> Candidate:
@@ -305,7 +329,16 @@ def oft(problem: SODAProblem) -> Candidate:
         blocks = [_exact_cayley(2 * _unpack(block, OFT_BLOCK)) for block in p]
         return _step(x @ torch.block_diag(*blocks) @ weight.mT, [x, p], problem.grad.double())
 
-    return Candidate(lambda: _step(layer(problem.x), trained, problem.grad), oracle)
+    return _trained_layer(problem, layer, trained, oracle)
+
+
+def _trained_layer(
+    problem: SODAProblem | LowRankProblem, layer: nn.Module, trained: Tensors, oracle: Step
+) -> Candidate:
+    def step() -> Tensors:
+        return _step(layer(problem.x), trained, problem.grad)
+
+    return Candidate(step, oracle, tolerance=problem.tolerance)
 
 
 def _peft_layer(problem: SODAProblem | LowRankProblem, config: str, **options: object) -> nn.Module:
@@ -317,7 +350,7 @@ def _peft_layer(problem: SODAProblem | LowRankProblem, config: str, **options: o
         raise Unavailable("peft is not installed") from error
     config_cls = getattr(ours, config, None) or getattr(peft, config)
     model = nn.Sequential(nn.Linear(problem.case.n, problem.case.n, bias=False))
-    model.to(problem.x.device)
+    model.to(problem.x.device, problem.x.dtype)
     with torch.no_grad():
         model[0].weight.copy_(problem.weight)
     peft.inject_adapter_in_model(config_cls(target_modules=["0"], **options), model)
@@ -326,39 +359,44 @@ def _peft_layer(problem: SODAProblem | LowRankProblem, config: str, **options: o
 
 def gemms_factored(problem: SODAProblem) -> Candidate:
     """The four products over the tokens that the factored plan cannot do without."""
-    layer = problem.layer
+    left, _, right = problem.basis
 
     def products(x: Tensor, left: Tensor, right: Tensor, grad: Tensor) -> Tensors:
         z, h = x @ right.mT, grad @ left
         return [z, h, z @ left.mT, h @ right]
 
-    return _products(products, [problem.x, layer.left, layer.right, problem.grad])
+    return _products(products, [problem.x, left, right, problem.grad], problem.tolerance)
 
 
 def gemms_merged(problem: SODAProblem) -> Candidate:
     """The three products over the tokens and the two of the weight that the merged plan needs."""
-    layer = problem.layer
+    left, _, right = problem.basis
 
     def products(x: Tensor, left: Tensor, right: Tensor, grad: Tensor) -> Tensors:
         weight, grad_weight = left @ right, grad.mT @ x
         return [weight, grad_weight, x @ weight.mT, grad @ weight, grad_weight @ right.mT]
 
-    return _products(products, [problem.x, layer.left, layer.right, problem.grad])
+    return _products(products, [problem.x, left, right, problem.grad], problem.tolerance)
 
 
 def gemms_frozen(problem: SODAProblem | LowRankProblem) -> Candidate:
     """A frozen linear layer: what any adapter pays, whatever it trains."""
     return _products(
         lambda x, weight, grad: [x @ weight.mT, grad @ weight],
-        [problem.x, problem.weight, problem.grad],
+        [problem.x, problem.weight.to(problem.x.dtype), problem.grad],
+        problem.tolerance,
     )
 
 
-def _products(products: Callable[..., Tensors], inputs: Tensors) -> Candidate:
+def _products(
+    products: Callable[..., Tensors], inputs: Tensors, tolerance: float = TOLERANCES["float32"]
+) -> Candidate:
     frozen = [tensor.detach() for tensor in inputs]
-    return Candidate(
-        lambda: products(*frozen), lambda: products(*(tensor.double() for tensor in frozen))
-    )
+
+    def oracle() -> Tensors:
+        return products(*(tensor.double() for tensor in frozen))
+
+    return Candidate(lambda: products(*frozen), oracle, tolerance=tolerance)
 
 
 SODA_PROVIDERS: dict[str, Callable[[SODAProblem], Candidate]] = {
@@ -379,14 +417,15 @@ SODA_PROVIDERS: dict[str, Callable[[SODAProblem], Candidate]] = {
 
 @dataclass(frozen=True)
 class LowRankCase:
-    """A square linear layer [n, n] with an adapter of rank 8 and a batch of M tokens, fp32."""
+    """A square linear layer [n, n] with an adapter of rank 8 and a batch of M tokens."""
 
     n: int
     tokens: int
     device: str
+    dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"n{self.n}-M{self.tokens}-{self.device}"
+        return f"n{self.n}-M{self.tokens}{_MARKS[self.dtype]}-{self.device}"
 
     def build(self) -> LowRankProblem:
         return LowRankProblem(self)
@@ -402,11 +441,15 @@ class LowRankProblem:
     def __init__(self, case: LowRankCase) -> None:
         self.case = case
         generator = torch.Generator().manual_seed(case.n + case.tokens)
-        shape, device = (case.tokens, case.n), case.device
-        self.x = torch.randn(shape, generator=generator).to(device).requires_grad_()
-        self.grad = torch.randn(shape, generator=generator).to(device)
+        shape, options = (case.tokens, case.n), (case.device, DTYPES[case.dtype])
+        self.x = torch.randn(shape, generator=generator).to(*options).requires_grad_()
+        self.grad = torch.randn(shape, generator=generator).to(*options)
         weight = torch.randn(case.n, case.n, generator=generator) / case.n**0.5
-        self.weight = weight.to(device)
+        self.weight = weight.to(*options)
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCES[self.case.dtype]
 
 
 def spectral_adapter(kind: str, *, peft: bool) -> Callable[[LowRankProblem], Candidate]:
@@ -438,7 +481,7 @@ def spectral_adapter(kind: str, *, peft: bool) -> Callable[[LowRankProblem], Can
             weight = problem.weight.double() + changed - (u * s) @ vt
             return _step(x @ weight.mT, [x, first, second], problem.grad.double())
 
-        return Candidate(lambda: _step(layer(problem.x), trained, problem.grad), oracle)
+        return _trained_layer(problem, layer, trained, oracle)
 
     return provider
 

@@ -2,7 +2,9 @@
 
 ``python benchmarks/report.py`` measures everything (options go to pytest: ``--seconds 2``,
 ``-k n1280``) and writes ``benchmarks/results/<machine>-<date>.json`` and ``.md``. Its exit status
-is not zero if a provider disagrees with its float64 oracle, which leaves it without time or ratio.
+is not zero if a provider disagrees with its oracle, which leaves it without time or ratio.
+``python benchmarks/report.py --write-docs`` measures nothing and brings ``docs/performance.md`` up
+to date with the newest results in that folder, or with the files that are named.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ import torch
 from spectral_kernels import backend_report
 
 HERE = Path(__file__).parent
-PACKAGES = ("torch", "spectral-kernels", "peft", "triton", "numpy")
+PACKAGES = (
+    "torch", "spectral-kernels", "peft", "diffusers", "transformers", "triton", "numpy",
+)  # fmt: skip
 PERCENTILES = ("min", "20", "50", "80")
 
 OURS = ("ours factored", "ours merged", "ours tokens")
@@ -39,21 +43,74 @@ def _anything(case: dict[str, Any]) -> None:
     return None
 
 
+Target = Callable[[dict[str, Any]], float | None]
+
+
 @dataclass(frozen=True)
 class Ratio:
-    """A column: the fastest of ``over`` by the fastest of ``under``, by medians, with a target.
+    """A column: the least of ``over`` by the least of ``under``, by medians, with targets.
 
-    ``target`` gives the bound for a case on two CPU cores, or None where there is none.
+    Attributes:
+        title: the head of the column.
+        over, under: names of providers; with nothing under, the value of ``over`` itself.
+        target: the bound for a case on two CPU cores, or None where there is none.
+        at_least: whether the bound is a lower one.
+        gpu: the bound for a case on an H100-class GPU.
+        of: "50" for the median milliseconds of a step, "peak_mib" for its memory.
+        beside: name of a fact of the case to add to what is under.
+        devices: where there is such a ratio.
     """
 
     title: str
     over: tuple[str, ...]
     under: tuple[str, ...]
-    target: Callable[[dict[str, Any]], float | None] = _anything
+    target: Target = _anything
     at_least: bool = True
+    gpu: Target = _anything
+    of: str = "50"
+    beside: str | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def bound(self, entry: Entry) -> float | None:
+        """The target for a measured case."""
+        case = entry["case"]
+        return (self.target if case["device"] == "cpu" else self.gpu)(case)
+
+    def is_met(self, value: float, bound: float) -> bool:
+        return value >= bound if self.at_least else value <= bound
 
 
-_NAIVE = {77: 14.0, 256: 6.0, 1024: 2.3, 4096: 1.3}
+def always(bound: float) -> Target:
+    """The same target for every case."""
+    return lambda case: bound
+
+
+def _in_bf16(target: Target) -> Target:
+    return lambda case: target(case) if case["dtype"] == "bfloat16" else None
+
+
+_NAIVE = {77: 16.0, 256: 7.0, 1024: 2.5, 4096: 1.4}
+
+
+def _naive_on_gpu(case: dict[str, Any]) -> float | None:
+    if case["n"] != 1280:
+        return None
+    return 8.0 if case["tokens"] <= 1024 else 3.0
+
+
+def _plain_on_gpu(case: dict[str, Any]) -> float | None:
+    if case["n"] >= 2048:
+        return 1.2
+    return 1.5 if case["n"] == 1280 else None
+
+
+def _gemms_on_gpu(case: dict[str, Any]) -> float | None:
+    if case["n"] >= 2048:
+        return 1.10
+    return 1.2 if case["n"] == 1280 and case["tokens"] == 4096 else None
+
+
+_LORA, _OFT = ("PEFT LoRA r=8",), ("PEFT OFT b=32",)
 
 RATIOS: dict[str, list[Ratio]] = {
     "soda_linear": [
@@ -61,24 +118,103 @@ RATIOS: dict[str, list[Ratio]] = {
             "naive / ours",
             ("naive",),
             OURS,
-            lambda case: _NAIVE[case["tokens"]] if case["n"] == 1280 else None,
+            lambda case: _NAIVE.get(case["tokens"]) if case["n"] == 1280 else None,
+            gpu=_in_bf16(_naive_on_gpu),
         ),
-        Ratio("plain / ours", PLAIN, OURS, lambda case: 1.0),
-        Ratio("compiled / ours", ("plain compiled",), OURS),
+        Ratio("plain / ours", PLAIN, OURS, always(1.1), gpu=_in_bf16(_plain_on_gpu)),
+        Ratio(
+            "compiled / ours",
+            ("plain compiled",),
+            OURS,
+            always(1.1),
+            gpu=_in_bf16(_plain_on_gpu),
+        ),
         Ratio(
             "ours / LoRA",
             OURS,
-            ("PEFT LoRA r=8",),
+            _LORA,
             lambda case: 2.1 if case["tokens"] < 2 * case["n"] else 1.6,
             at_least=False,
         ),
-        Ratio("ours / OFT", OURS, ("PEFT OFT b=32",)),
-        Ratio("ours / GEMMs", OURS, GEMMS),
-        Ratio("auto / best plan", ("ours auto",), OURS),
+        Ratio("ours / OFT", OURS, _OFT),
+        Ratio(
+            "ours / GEMMs",
+            OURS,
+            GEMMS,
+            lambda case: 1.15 if case["tokens"] >= 256 and case["n"] >= 640 else None,
+            at_least=False,
+            gpu=_in_bf16(_gemms_on_gpu),
+        ),
+        Ratio(
+            "auto / best plan",
+            ("ours auto",),
+            OURS,
+            always(1.05),
+            at_least=False,
+            gpu=always(1.05),
+        ),
+        # What is left to gain over plain PyTorch if nothing but the products took time.
+        Ratio("plain / GEMMs", PLAIN, GEMMS),
     ],
     "low_rank": [
-        Ratio(f"{name} / LoRA", (name,), ("PEFT LoRA r=8",), lambda case: 1.05, at_least=False)
-        for name in ("A", "R", "PEFT A", "PEFT R")
+        *(
+            Ratio(
+                f"{name} / LoRA",
+                (name,),
+                _LORA,
+                always(1.05),
+                at_least=False,
+                gpu=_in_bf16(always(1.0)),
+            )
+            for name in ("A", "R", "PEFT A", "PEFT R")
+        ),
+        Ratio("LoRA / frozen", _LORA, ("frozen linear",)),
+    ],
+    "unet_step": [
+        Ratio("SODA / LoRA", ("SODA",), _LORA, always(1.5), at_least=False, gpu=always(1.0)),
+        Ratio("SODA / OFT", ("SODA",), _OFT, always(1.1), at_least=False, gpu=always(0.7)),
+        Ratio("SVDiff / LoRA", ("SVDiff",), _LORA),
+        *(
+            Ratio(
+                f"{name} / LoRA",
+                (f"{name} r=8",),
+                _LORA,
+                always(1.05),
+                at_least=False,
+                gpu=always(1.0),
+            )
+            for name in ("A", "R")
+        ),
+        Ratio("naive / SODA", ("naive SODA",), ("SODA",)),
+        Ratio(
+            "SODA / LoRA, checkpointing",
+            ("SODA, checkpointing",),
+            ("PEFT LoRA r=8, checkpointing",),
+        ),
+        Ratio("LoRA / frozen", _LORA, ("frozen",)),
+        Ratio("SODA / frozen", ("SODA",), ("frozen",)),
+        Ratio("memory: naive / SODA", ("naive SODA",), ("SODA",), always(1.5), of="peak_mib"),
+        *(
+            Ratio(
+                f"memory: {name} / LoRA",
+                (f"{name} r=8",),
+                _LORA,
+                at_least=False,
+                gpu=always(1.05),
+                of="peak_mib",
+            )
+            for name in ("A", "R")
+        ),
+        Ratio(
+            "memory: SODA / (LoRA + adapted weights)",
+            ("SODA",),
+            _LORA,
+            at_least=False,
+            gpu=always(1.0),
+            of="peak_mib",
+            beside="adapted_mib",
+        ),
+        Ratio("memory: SODA / frozen", ("SODA",), ("frozen",), of="peak_mib"),
     ],
     "cayley": [
         Ratio(
@@ -87,15 +223,43 @@ RATIOS: dict[str, list[Ratio]] = {
             ("ours",),
             lambda case: 12.0 if case["n"] == 16 else None,
         ),
-        Ratio("batched / ours", ("solve batched",), ("ours",), lambda case: 3.0),
+        Ratio("batched / ours", ("solve batched",), ("ours",), always(3.0)),
         Ratio("inverse / ours", ("inverse batched",), ("ours",)),
         Ratio("compiled / ours", ("inverse batched, compiled",), ("ours",)),
         Ratio("ours / GEMMs", ("ours",), ("GEMMs",)),
     ],
     "stiefel": [
-        Ratio("loop / ours", ("loop",), ("ours",), lambda case: 20.0),
+        Ratio("loop / ours", ("loop",), ("ours",), always(20.0)),
         Ratio("batched / ours", ("batched plain",), ("ours",)),
         Ratio("ours / copies", ("ours",), ("copies",)),
+        Ratio("ours, ms", ("ours",), (), at_least=False, gpu=always(0.3)),
+    ],
+    "cayley_model": [
+        Ratio(
+            "loop / ours",
+            ("solve loop",),
+            ("ours, own parameters",),
+            always(10.0),
+            gpu=always(10.0),
+        ),
+        Ratio("inv_ex / ours", ("inv_ex",), ("ours",), always(3.0), gpu=always(5.0)),
+        Ratio(
+            "inv_ex / ours, own parameters",
+            ("inv_ex, own parameters",),
+            ("ours, own parameters",),
+            always(3.0),
+            gpu=always(5.0),
+        ),
+        Ratio("compiled / ours", ("inv_ex, compiled",), ("ours",)),
+        Ratio("ours / GEMMs", ("ours",), ("GEMMs",)),
+        Ratio(
+            "ours in a CUDA graph, ms",
+            ("ours, CUDA graph",),
+            (),
+            at_least=False,
+            gpu=always(0.1),
+            devices=("cuda",),
+        ),
     ],
 }
 
@@ -112,6 +276,7 @@ def describe(entry: str, case: Any, results: dict[str, Any]) -> Entry:
             "milliseconds": milliseconds,
             "rounds": len(result.seconds),
             "peak_mib": result.peak_bytes / 2**20,
+            "held_mib": result.held_bytes / 2**20,
             "error": result.error,
         }
     return {
@@ -119,6 +284,7 @@ def describe(entry: str, case: Any, results: dict[str, Any]) -> Entry:
         "name": str(case),
         "note": case.note(),
         "case": asdict(case),
+        "facts": case.facts() if hasattr(case, "facts") else {},
         "providers": providers,
     }
 
@@ -126,47 +292,118 @@ def describe(entry: str, case: Any, results: dict[str, Any]) -> Entry:
 def tables(entries: Sequence[Entry]) -> str:
     """Ratios and times of all entries as Markdown."""
     parts = []
-    for entry, ratios in RATIOS.items():
+    for entry in RATIOS:
         rows = [row for row in entries if row["entry"] == entry]
         if not rows:
             continue
-        head = ["case", "ours runs", *(ratio.title for ratio in ratios)]
-        body = [[row["name"], row["note"], *(_cell(row, r) for r in ratios)] for row in rows]
-        parts.append(f"\n### {entry}: ratios of medians\n\n{_markdown(head, body)}")
+        parts.append(f"\n### {entry}: ratios of medians\n\n{ratio_table(rows)}")
         names = list(rows[0]["providers"])
-        body = [[row["name"], *(_times(row["providers"][name]) for name in names)] for row in rows]
-        parts.append(
-            f"\n### {entry}: milliseconds, median (20th to 80th percentile)\n\n"
-            + _markdown(["case", *names], body)
-        )
-        body = [[row["name"], *(_peak(row["providers"][name]) for name in names)] for row in rows]
-        parts.append(
-            f"\n### {entry}: peak memory of a step, MiB\n\n" + _markdown(["case", *names], body)
-        )
+        for title, cell in (
+            ("milliseconds, median (20th to 80th percentile)", _times),
+            ("peak memory of a step, MiB", _peak),
+            ("held between steps beside the base model, MiB", _held),
+        ):
+            body = [
+                [row["name"], *(cell(row["providers"][name]) for name in names)] for row in rows
+            ]
+            if any(text for row in body for text in row[1:]):
+                table = markdown(["case", *names], body)
+                parts.append(f"\n### {entry}: {title}\n\n{table}")
+    verdicts = verdicts_of(entries)
+    if verdicts:
+        parts.append(f"\n### Targets\n\n{targets(verdicts)}")
     return "\n".join(parts)
 
 
+def ratio_table(rows: Sequence[Entry]) -> str:
+    """The ratios of measured cases of one entry as Markdown."""
+    devices = {row["case"]["device"] for row in rows}
+    ratios = [r for r in RATIOS[rows[0]["entry"]] if devices & set(r.devices)]
+    head = ["case", "ours runs", *(ratio.title for ratio in ratios)]
+    return markdown(
+        head, [[row["name"], row["note"], *(_cell(row, r) for r in ratios)] for row in rows]
+    )
+
+
 def ratio_of(entry: Entry, ratio: Ratio) -> float | None:
-    """The ratio, or None if a provider it needs has no time."""
-    fastest = []
+    """The ratio, or None if a provider it needs was not measured."""
+    least = []
     for names in (ratio.over, ratio.under):
-        times = [entry["providers"][name].get("milliseconds") for name in names]
-        if None in times:
+        values = [_value(entry["providers"].get(name, {}), ratio.of) for name in names]
+        if None in values:
             return None
-        fastest.append(min(time["50"] for time in times))
-    return fastest[0] / fastest[1]
+        least.append(min((value for value in values if value is not None), default=0.0))
+    over, under = least
+    if ratio.beside is not None:
+        under += entry["facts"][ratio.beside]
+    return over / under if ratio.under else over
+
+
+def _value(provider: dict[str, Any], of: str) -> float | None:
+    if "milliseconds" not in provider:
+        return None
+    return provider["milliseconds"][of] if of in PERCENTILES else provider[of]
 
 
 def _cell(entry: Entry, ratio: Ratio) -> str:
+    if entry["case"]["device"] not in ratio.devices:
+        return ""
     value = ratio_of(entry, ratio)
     if value is None:
         return "refused"
-    target = ratio.target(entry["case"]) if entry["case"]["device"] == "cpu" else None
-    if target is None:
+    bound = ratio.bound(entry)
+    if bound is None:
         return f"{value:.2f}"
-    met = value >= target if ratio.at_least else value <= target
     sign = "≥" if ratio.at_least else "≤"
-    return f"{value:.2f} ({sign} {target:g}: {'met' if met else '**missed**'})"
+    return (
+        f"{value:.2f} ({sign} {bound:g}: {'met' if ratio.is_met(value, bound) else '**missed**'})"
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target on one measured case; no value where a provider it needs was not measured."""
+
+    entry: Entry
+    ratio: Ratio
+    bound: float
+    value: float | None
+
+    @property
+    def is_met(self) -> bool:
+        return self.value is not None and self.ratio.is_met(self.value, self.bound)
+
+    def __str__(self) -> str:
+        sign = "≥" if self.ratio.at_least else "≤"
+        value = "refused" if self.value is None else f"{self.value:.2f}"
+        where = f"{self.entry['entry']} {self.entry['name']}"
+        return f"{where}: {self.ratio.title} {value} ({sign} {self.bound:g})"
+
+
+def verdicts_of(entries: Sequence[Entry]) -> list[Verdict]:
+    """Every target that applies to the measured cases."""
+    verdicts = []
+    for entry in entries:
+        for ratio in RATIOS.get(entry["entry"], []):
+            bound = ratio.bound(entry)
+            if bound is not None and entry["case"]["device"] in ratio.devices:
+                verdicts.append(Verdict(entry, ratio, bound, ratio_of(entry, ratio)))
+    return verdicts
+
+
+def targets(verdicts: Sequence[Verdict]) -> str:
+    """How many are met, and those that are not, worst first."""
+    missed = [v for v in verdicts if not v.is_met]
+    missed.sort(key=lambda v: 0.0 if v.value is None else margin(v))
+    lines = [f"{len(verdicts) - len(missed)} met, {len(missed)} missed"]
+    return "\n".join([*lines, *(f"- {verdict}" for verdict in missed)])
+
+
+def margin(verdict: Verdict) -> float:
+    """Below 1 for a missed target, the less the worse."""
+    assert verdict.value is not None
+    share = verdict.value / verdict.bound
+    return share if verdict.ratio.at_least else 1 / share
 
 
 def _times(provider: dict[str, Any]) -> str:
@@ -180,30 +417,43 @@ def _peak(provider: dict[str, Any]) -> str:
     return "" if "problem" in provider else f"{provider['peak_mib']:.1f}"
 
 
-def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def _held(provider: dict[str, Any]) -> str:
+    held = provider.get("held_mib", 0)
+    return f"{held:.1f}" if held else ""
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     rows = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def write(entries: Sequence[Entry], folder: Path) -> Path:
     """Keep the numbers as JSON and the tables as Markdown; returns the JSON's path."""
-    now = datetime.datetime.now(datetime.UTC)
-    document = {
-        "date": now.isoformat(timespec="seconds"),
+    date = now()
+    document = {"date": date, **conditions(), "entries": list(entries)}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_slug(document['machine'])}-{date[:10]}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    facts = [document["machine"], document["versions"], document["backends"]]
+    lines = [", ".join(f"{key}: {value}" for key, value in part.items()) for part in facts]
+    title = f"# Benchmarks of {date[:10]}, commit {document['commit']}"
+    path.with_suffix(".md").write_text("\n\n".join([title, *lines]) + "\n" + tables(entries) + "\n")
+    return path
+
+
+def now() -> str:
+    """The time in ISO format."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def conditions() -> dict[str, Any]:
+    """What the numbers depend on beside the code of the benchmark."""
+    return {
         "machine": machine(),
         "versions": _versions(),
         "commit": _commit(),
         "backends": {op: row.implementation for op, row in backend_report().items()},
-        "entries": list(entries),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_slug(document['machine'])}-{now:%Y-%m-%d}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    facts = [document["machine"], document["versions"], document["backends"]]
-    lines = [", ".join(f"{key}: {value}" for key, value in part.items()) for part in facts]
-    title = f"# Benchmarks of {now:%Y-%m-%d}, commit {document['commit']}"
-    path.with_suffix(".md").write_text("\n\n".join([title, *lines]) + "\n" + tables(entries) + "\n")
-    return path
 
 
 def machine() -> dict[str, Any]:
@@ -229,6 +479,11 @@ def _cpu_name() -> str:
 
 def _slug(facts: dict[str, Any]) -> str:
     text = f"{facts.get('gpu', facts['cpu'])} {facts['cores']} cores"
+    return slug(text)
+
+
+def slug(text: str) -> str:
+    """Text as part of a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
@@ -255,7 +510,13 @@ def _commit() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run pytest on this folder; its exit status."""
+    """Run pytest on this folder, or write the documentation; the exit status."""
+    if "--write-docs" in arguments:
+        from performance import write_docs
+
+        paths = [Path(argument) for argument in arguments if argument != "--write-docs"]
+        write_docs(*paths)
+        return 0
     import pytest
 
     options = ["--benchmark-columns=min,median,iqr,rounds", "--benchmark-sort=name", "-q"]

@@ -24,7 +24,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from statistics import quantiles
@@ -395,8 +394,6 @@ def cayley_model(device: str, smoke: bool) -> Steps:
 
 def stiefel(device: str, smoke: bool) -> Steps:
     """Optimizer steps of all factors of an SDXL adapter."""
-    if find_spec("stiefel_providers") is None:
-        raise Unavailable("there is no benchmarks/stiefel_providers.py")
     from stiefel_providers import SDXL, STIEFEL_PROVIDERS, StiefelCase
 
     yield STIEFEL_PROVIDERS, StiefelCase(((2, 4), (1, 3)) if smoke else SDXL, device)

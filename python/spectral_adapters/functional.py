@@ -26,8 +26,11 @@ from spectral_adapters.autograd import (
     CayleyFunction,
     KronGramFunction,
     KronRotateFunction,
+    LowRankLinearFunction,
     RotatedLinearFunction,
     RotatedWeightFunction,
+    SpectralALinearFunction,
+    SpectralRLinearFunction,
     apply,
 )
 from spectral_adapters.planner import PLANS, choose_plan
@@ -448,6 +451,24 @@ def low_rank_factors(
     Raises:
         ValueError: not exactly one of shifts and rotations, or a shape does not fit.
     """
+    left, singular_values, right = _check_low_rank(basis, shifts, rotations)
+    if shifts is not None:
+        shift_left, shift_right = shifts
+        turned = shift_right.mT
+        down = torch.cat([turned, right + turned])
+        return down, torch.cat([left * singular_values, shift_left * singular_values], 1)
+    assert rotations is not None
+    rotation_left, rotation_right = rotations
+    middle = (rotation_left * singular_values) @ rotation_right.mT - torch.diag(singular_values)
+    return right, left @ middle
+
+
+def _check_low_rank(
+    basis: SpectralBasis,
+    shifts: tuple[Tensor, Tensor] | None,
+    rotations: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The basis, if exactly one of shifts and rotations is given and fits it."""
     left, singular_values, right = basis
     if (shifts is None) == (rotations is None):
         raise ValueError(
@@ -459,15 +480,10 @@ def low_rank_factors(
     r = len(singular_values)
     if shifts is not None:
         _check_shapes("shifts", shifts, ((left.shape[0], r), (right.shape[1], r)))
-        shift_left, shift_right = shifts
-        turned = shift_right.mT
-        down = torch.cat([turned, right + turned])
-        return down, torch.cat([left * singular_values, shift_left * singular_values], 1)
-    assert rotations is not None
-    _check_shapes("rotations", rotations, ((r, r), (r, r)))
-    rotation_left, rotation_right = rotations
-    middle = (rotation_left * singular_values) @ rotation_right.mT - torch.diag(singular_values)
-    return right, left @ middle
+    else:
+        assert rotations is not None
+        _check_shapes("rotations", rotations, ((r, r), (r, r)))
+    return left, singular_values, right
 
 
 def low_rank_linear(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -475,9 +491,49 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
     In the dtype of x (the autocast dtype under autocast); GEMMs as in :func:`soda_linear`.
     """
-    result, work = product_dtypes(x, down)
+    return adapted_linear(LowRankLinearFunction, x, (down, up))
+
+
+def adapted_linear(
+    function: type[torch.autograd.Function],
+    x: Tensor,
+    factors: Sequence[Tensor],
+    *,
+    scaling: float = 1.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
+    """A linear layer with a change of low rank: one op per direction where the dtypes allow it.
+
+    Args:
+        function: ``LowRankLinearFunction``, ``SpectralALinearFunction`` or
+            ``SpectralRLinearFunction``.
+        x: [..., in].
+        factors: what ``function`` takes between the bias and the scaling.
+        scaling: of the change.
+        weight, bias: W0 [out, in], and [out] or None: the change is added to ``x W0^T + bias``.
+        base: [..., out], what the change is added to instead. Without either it is returned alone.
+
+    Returns:
+        [..., out] in the dtype of ``base``, else of x (the autocast dtype under autocast).
+    """
+    result, work = product_dtypes(x, factors[0])
+    own = work if weight is None else product_dtypes(x, weight)[1]
     with without_autocast(x.device):
-        return linear(linear(x.to(work), down.to(work)), up.to(work)).to(result)
+        if weight is not None:
+            weight = weight.to(own)
+            bias = None if bias is None else bias.to(own)
+            # A weight that is trained itself needs a product of its own, which has its gradient.
+            if not result == work == own or weight.requires_grad:
+                base = linear(x.to(own), weight, bias).to(result)
+                weight = bias = None
+        start = base if base is not None and base.dtype == work else None
+        change: Tensor
+        change, _ = apply(function, x.to(work), start, weight, bias, *factors, float(scaling))
+        if base is None:
+            return change.to(result)
+        return change if start is not None else base + change.to(base.dtype)
 
 
 def low_rank_spectral_linear(
@@ -510,12 +566,15 @@ def low_rank_spectral_linear(
     check_tensor("weight", weight, ndim=2)
     check_tensor("x", x)
     check_last_dimension("x", x, weight.shape[1], "the layer's in_features")
-    down, up = low_rank_factors(basis, shifts=shifts, rotations=rotations)
-    _check_shapes("basis", (up, down.mT), ((weight.shape[0], -1), (weight.shape[1], -1)))
-    result, work = product_dtypes(x, weight)
-    with without_autocast(x.device):
-        y = linear(x.to(work), weight.to(work), None if bias is None else bias.to(work))
-    return y.to(result) + low_rank_linear(x, down, up)
+    frozen = _check_low_rank(basis, shifts, rotations)
+    thin = (basis.left, basis.right.mT)
+    _check_shapes("basis", thin, ((weight.shape[0], -1), (weight.shape[1], -1)))
+    if shifts is not None:
+        factors = (*frozen, *shifts)
+        return adapted_linear(SpectralALinearFunction, x, factors, weight=weight, bias=bias)
+    assert rotations is not None
+    factors = (*frozen, *rotations)
+    return adapted_linear(SpectralRLinearFunction, x, factors, weight=weight, bias=bias)
 
 
 def _check_shapes(

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from spectral_adapters.autograd import SpectralRLinearFunction
 from spectral_adapters.functional import cayley_factors, low_rank_factors
 from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer
 from spectral_adapters.peft._config import RANDOM_STD
@@ -53,10 +54,25 @@ class SpectralAdapterRLayer(ColumnLayer):
 
     def _low_rank(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         basis = self._basis(adapter, device)
-        r = basis.left.shape[1]
-        packed = [getattr(self, name)[adapter].to(device) for name in self.adapter_layer_names]
-        left, right = (turn.to(basis.left.dtype) for turn in cayley_factors(packed, (r, r)))
-        return low_rank_factors(basis, rotations=(left, right))
+        left, right = self._rotations(adapter, device)
+        dtype = basis.left.dtype
+        return low_rank_factors(basis, rotations=(left.to(dtype), right.to(dtype)))
+
+    def _linear_change(
+        self, adapter: str, device: torch.device
+    ) -> tuple[type[torch.autograd.Function], tuple[Tensor, ...]]:
+        left, singular_values, right = self._basis(adapter, device)
+        assert singular_values is not None
+        turns = [turn.to(left.dtype) for turn in self._rotations(adapter, device)]
+        return SpectralRLinearFunction, (left, singular_values, right, *turns)
+
+    def _rotations(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """R_U and R_V, orthogonal [r, r]."""
+        r = self.r[adapter]
+        left = self.spectral_adapter_r_left[adapter].to(device)
+        right = self.spectral_adapter_r_right[adapter].to(device)
+        turn_left, turn_right = cayley_factors([left, right], (r, r))
+        return turn_left, turn_right
 
 
 class Linear(SpectralLinear, SpectralAdapterRLayer):

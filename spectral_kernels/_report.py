@@ -74,17 +74,24 @@ def backend_report() -> BackendReport:
 def _row(name: str, device: str) -> OpBackend:
     qualified = OPS[name].qualified_name
     if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEYS[device]):
-        if name.startswith("kron") and device == "cuda":
-            from spectral_kernels.triton_kernels import LIMITS
+        if device == "cuda" and _is_triton(name):
+            from spectral_kernels.triton_kernels import LIMITS, LOW_RANK_LIMITS
 
-            return OpBackend(name, device, "triton", f"registered; {LIMITS}")
+            limits = LIMITS if name.startswith("kron") else LOW_RANK_LIMITS
+            return OpBackend(name, device, "triton", f"registered; {limits}")
         implementation = "c++" if device == "cpu" else "cuda"
         return OpBackend(name, device, implementation, "compiled into spectral_kernels._C")
     return OpBackend(name, device, "reference", _why_reference(name, device))
 
 
+def _is_triton(name: str) -> bool:
+    from spectral_kernels.triton_kernels import OVERRIDDEN
+
+    return name in OVERRIDDEN
+
+
 def _why_reference(name: str, device: str) -> str:
-    if name.startswith("kron") and device == "cuda":
+    if device == "cuda" and _is_triton(name):
         return STATUS["triton"].reason
     if name.startswith("rotated_linear") and device == "cuda":
         return "GEMMs around kron_rotate and kron_gram, which see above"

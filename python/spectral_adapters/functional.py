@@ -518,19 +518,21 @@ def adapted_linear(
     Returns:
         [..., out] in the dtype of ``base``, else of x (the autocast dtype under autocast).
     """
+    scaling = float(scaling)
     result, work = product_dtypes(x, factors[0])
     own = work if weight is None else product_dtypes(x, weight)[1]
+    change: Tensor
     with without_autocast(x.device):
         if weight is not None:
-            weight = weight.to(own)
-            bias = None if bias is None else bias.to(own)
             # A weight that is trained itself needs a product of its own, which has its gradient.
-            if not result == work == own or weight.requires_grad:
-                base = linear(x.to(own), weight, bias).to(result)
-                weight = bias = None
+            if result == work == own and not weight.requires_grad:
+                weight = weight.to(work)  # here: what the op would do again in its backward
+                change, _ = apply(function, x.to(work), None, weight, bias, *factors, scaling)
+                return change
+            bias = None if bias is None else bias.to(own)
+            base = linear(x.to(own), weight.to(own), bias).to(result)
         start = base if base is not None and base.dtype == work else None
-        change: Tensor
-        change, _ = apply(function, x.to(work), start, weight, bias, *factors, float(scaling))
+        change, _ = apply(function, x.to(work), start, None, None, *factors, scaling)
         if base is None:
             return change.to(result)
         return change if start is not None else base + change.to(base.dtype)
@@ -650,8 +652,10 @@ def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]
     is only a storage format, they run in the wider of it and the weight's.
     """
     result = x.dtype
-    if x.dtype != torch.float64 and _autocast_is_on(x.device.type):
+    if x.dtype != torch.float64 and autocast_is_on(x.device.type):
         result = torch.get_autocast_dtype(x.device.type)
+    if result == weight.dtype:
+        return result, result
     if x.device.type == "cpu":
         return result, torch.promote_types(result, weight.dtype)
     return result, result
@@ -659,10 +663,11 @@ def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which products keep the dtypes that :func:`product_dtypes` chose."""
-    if _autocast_is_on(device.type):
+    if autocast_is_on(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
-def _autocast_is_on(device_type: str) -> bool:
+def autocast_is_on(device_type: str) -> bool:
+    """Whether products on this type of device change their dtypes; also for those without it."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_adapters.decomposition import Fingerprint
-from spectral_adapters.functional import SpectralBasis, product_dtypes
+from spectral_adapters.functional import SpectralBasis, autocast_is_on
 
 
 class SpectralModule(nn.Module):
@@ -116,7 +116,7 @@ def computes_as_written(layer: nn.Module, x: Tensor) -> bool:
     return (
         type(weight) in (nn.Parameter, Tensor)
         and weight.dtype == x.dtype
-        and product_dtypes(x, weight)[0] == x.dtype
+        and not autocast_is_on(x.device.type)
         and not is_hooked(layer)
     )
 

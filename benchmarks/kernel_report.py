@@ -32,19 +32,22 @@ GRAM = (
     (64, 64), (100, 7), (96, 100), (128, 128), (16, 16, 16), (13, 17, 11), (20, 20, 20),
     (16, 16, 32), (32, 32, 32), (31, 29, 30),
 )  # fmt: skip
+RANKS = ((1,), (4,), (8,), (16,), (32,), (50,), (64,))
 
 
 def variants() -> list[Variant]:
-    """Every factor sizes, data type and option of both ops."""
+    """Every factor sizes or rank, data type and option of each kernel."""
     rotate = itertools.product(["kron_rotate"], ROTATE, DTYPES, [False, True], [False, True])
     gram = itertools.product(["kron_gram"], GRAM, DTYPES, [False], [False, True])
-    return [Variant(*case) for case in (*rotate, *gram)]
+    add = itertools.product(["low_rank_add"], RANKS, DTYPES, [False], [False, True])
+    turn = itertools.product(["turn_thin"], RANKS, DTYPES, [False, True], [False])
+    return [Variant(*case) for case in (*rotate, *gram, *add, *turn)]
 
 
 def launch_text(used: Resources) -> str:
     """What one program takes on, without the sizes the first column already says."""
     launch = used.launch
-    hidden = {"sizes", "padded", "groups", "lead", "n", "inner"}
+    hidden = {"sizes", "padded", "groups", "lead", "n", "inner", "r"}
     hidden |= {"num_warps", "num_stages", "max_registers"}
     shown = [f"{key} {value}" for key, value in vars(launch).items() if key not in hidden]
     return ", ".join([*shown, f"warps {launch.num_warps}", f"stages {launch.num_stages}"])

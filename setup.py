@@ -35,6 +35,7 @@ CPU_SOURCES = (
     "csrc/bindings.cpp",
     "csrc/cayley_cpu.cpp",
     "csrc/kron_cpu.cpp",
+    "csrc/low_rank_cpu.cpp",
     "csrc/rotated_linear_cpu.cpp",
     "csrc/simd_avx2.cpp",
     "csrc/simd_avx512.cpp",

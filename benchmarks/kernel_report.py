@@ -33,20 +33,23 @@ GRAM = (
     (16, 16, 32), (32, 32, 32), (31, 29, 30),
 )  # fmt: skip
 STIEFEL = ((16,), (64,), (128,))
+RANKS = ((1,), (4,), (8,), (16,), (32,), (50,), (64,))
 
 
 def variants() -> list[Variant]:
-    """Every factor sizes, data type and option of the ops."""
+    """Every factor sizes or rank, data type and option of each kernel."""
     rotate = itertools.product(["kron_rotate"], ROTATE, DTYPES, [False, True], [False, True])
     gram = itertools.product(["kron_gram"], GRAM, DTYPES, [False], [False, True])
     stiefel = itertools.product(["stiefel_adam", "stiefel_sgd"], STIEFEL, [torch.float32])
-    return [Variant(*case) for case in (*rotate, *gram, *stiefel)]
+    add = itertools.product(["low_rank_add"], RANKS, DTYPES, [False], [False, True])
+    turn = itertools.product(["turn_thin"], RANKS, DTYPES, [False, True], [False])
+    return [Variant(*case) for case in (*rotate, *gram, *stiefel, *add, *turn)]
 
 
 def launch_text(used: Resources) -> str:
     """What one program takes on, without the sizes the first column already says."""
     launch = used.launch
-    hidden = {"sizes", "padded", "groups", "lead", "n", "inner"}
+    hidden = {"sizes", "padded", "groups", "lead", "n", "inner", "r"}
     hidden |= {"num_warps", "num_stages", "max_registers"}
     shown = [f"{key} {value}" for key, value in vars(launch).items() if key not in hidden]
     return ", ".join([*shown, f"warps {launch.num_warps}", f"stages {launch.num_stages}"])

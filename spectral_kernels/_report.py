@@ -12,7 +12,6 @@ from spectral_kernels.ops import OPS
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # Ops whose kernels for CUDA are Triton's.
-_TRITON = ("kron", "stiefel")
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,26 @@ def backend_report() -> BackendReport:
 def _row(name: str, device: str) -> OpBackend:
     qualified = OPS[name].qualified_name
     if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEYS[device]):
-        if name.startswith(_TRITON) and device == "cuda":
-            from spectral_kernels.triton_kernels import LIMITS, STIEFEL_LIMITS
+        if device == "cuda" and _is_triton(name):
+            from spectral_kernels.triton_kernels import LIMITS, LOW_RANK_LIMITS, STIEFEL_LIMITS
 
-            limits = STIEFEL_LIMITS if name.startswith("stiefel") else LIMITS
+            limits = LOW_RANK_LIMITS
+            if name.startswith(("kron", "stiefel")):
+                limits = STIEFEL_LIMITS if name.startswith("stiefel") else LIMITS
             return OpBackend(name, device, "triton", f"registered; {limits}")
         implementation = "c++" if device == "cpu" else "cuda"
         return OpBackend(name, device, implementation, "compiled into spectral_kernels._C")
     return OpBackend(name, device, "reference", _why_reference(name, device))
 
 
+def _is_triton(name: str) -> bool:
+    from spectral_kernels.triton_kernels import OVERRIDDEN
+
+    return name in OVERRIDDEN
+
+
 def _why_reference(name: str, device: str) -> str:
-    if name.startswith(_TRITON) and device == "cuda":
+    if device == "cuda" and _is_triton(name):
         return STATUS["triton"].reason
     if name.startswith("rotated_linear") and device == "cuda":
         return "GEMMs around kron_rotate and kron_gram, which see above"

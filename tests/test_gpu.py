@@ -9,10 +9,18 @@ from math import prod
 import pytest
 import stiefel_oracle
 import torch
-from support import assert_near, dense_kron, dense_soda_weight, random_rotation, randomise
+from support import (
+    TOLERANCE,
+    assert_near,
+    dense_kron,
+    dense_soda_weight,
+    random_rotation,
+    randomise,
+    relative_error,
+)
 from torch.library import opcheck
 
-from spectral_adapters import SODALinear
+from spectral_adapters import SODALinear, SpectralAdapterALinear, SpectralAdapterRLinear
 from spectral_adapters.functional import cayley
 from spectral_kernels import backend_report
 from spectral_kernels.ops import OPS
@@ -72,7 +80,17 @@ def samples(name):
     x = torch.randn(9, 12, device=DEVICE)
     scale = torch.rand(12, device=DEVICE)
     rotations = [random_rotation(5, dtype=torch.float32).to(DEVICE).expand(3, 5, 5).contiguous()]
+    grad, weight, down = (torch.randn(*s, device=DEVICE) for s in ((9, 5), (5, 12), (3, 12)))
+    up, shift = torch.randn(5, 3, device=DEVICE), torch.randn(12, 3, device=DEVICE)
+    basis, turn = (up, scale[:3].clone(), down), torch.eye(3, device=DEVICE)
+    needs = (1.0, True, True)
     return {
+        "low_rank_linear_fwd": (x, None, weight, None, down, up, 1.0),
+        "low_rank_linear_bwd": (grad, x, weight, shift[:9], down, up, *needs),
+        "spectral_a_linear_fwd": (x, grad, None, None, *basis, up + 1, shift, 1.0),
+        "spectral_a_linear_bwd": (grad, x, weight, x[:, :6].clone(), *basis, up + 1, shift, *needs),
+        "spectral_r_linear_fwd": (x, None, weight, None, *basis, turn, turn.clone(), 1.0),
+        "spectral_r_linear_bwd": (grad, weight, shift[:9], *basis, turn, turn.clone(), *needs),
         "cayley_fwd": ([torch.randn(3, 10, device=DEVICE)], [5]),
         "cayley_bwd": ([torch.randn(3, 5, 5, device=DEVICE)], rotations),
         "kron_rotate": (x, factors_of((3, 4)), True, scale, None),
@@ -94,6 +112,7 @@ def test_the_kernels_are_registered():
     assert report["kron_gram"].implementation == "triton"
     assert report["stiefel_sgd_"].implementation == "triton"
     assert report["stiefel_adam_"].implementation == "triton"
+    assert report["spectral_a_linear_fwd"].implementation == "triton"
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -307,6 +326,29 @@ def test_soda_linear_step(decomposition, rotation, plan):
     device_parameters = dict(layer.named_parameters())
     for name, oracle in zip(parameters, oracles, strict=True):
         assert_near(device_parameters[name].grad, oracle.to(DEVICE), factor=2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("cls", [SpectralAdapterALinear, SpectralAdapterRLinear])
+def test_low_rank_step(poison, cls, dtype):
+    """Against the dense weight in float64; a fresh layer is its base to the last bit."""
+    layer = cls.from_linear(torch.nn.Linear(150, 130).to(dtype), r=5).to(DEVICE)
+    x = torch.randn(3, 37, 150, device=DEVICE).to(dtype)
+    assert torch.equal(layer(x), layer.base(x))
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.3)
+    y = layer(x)
+    change = layer.get_delta_weight().double()
+    expected = x.double() @ (layer.base.weight.double() + change).mT + layer.base.bias.double()
+    assert y.dtype == dtype
+    assert_near(y, expected, factor=2)
+    upstream = torch.randn_like(y)
+    actual = torch.autograd.grad(y, trained, upstream)
+    dense = upstream.double().flatten(0, 1).mT @ x.double().flatten(0, 1)
+    exact = torch.autograd.grad(layer.get_delta_weight(), trained, dense.float())
+    for value, oracle in zip(actual, exact, strict=True):
+        assert relative_error(value, oracle) <= 4 * TOLERANCE[dtype]
 
 
 def test_dense_kron_agrees_with_the_order_of_factors():

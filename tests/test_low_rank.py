@@ -8,13 +8,17 @@ import pytest
 import torch
 from support import assert_near, random_rotation
 from torch import nn
+from torch.nn.functional import linear
 
 from spectral_adapters import SpectralAdapterALinear, SpectralAdapterRLinear, SVDiffLinear
+from spectral_adapters.autograd import LowRankLinearFunction
 from spectral_adapters.decomposition import decompose_columns, select_columns
 from spectral_adapters.functional import (
     SpectralBasis,
+    adapted_linear,
     cayley,
     low_rank_factors,
+    low_rank_linear,
     low_rank_spectral_linear,
 )
 
@@ -254,6 +258,144 @@ def test_randomized_columns_do_not_depend_on_the_state_of_the_generator():
     torch.manual_seed(2)
     second = decompose_columns(weight, range(4))
     assert all(map(torch.equal, first, second))
+
+
+def doubles(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def trained_arguments(kind, out_features, in_features, r):
+    """Keyword argument and leaves: shifts, or the packed parameters of rotations."""
+    if kind == "shifts":
+        leaves = doubles(out_features, r), doubles(in_features, r)
+    else:
+        leaves = doubles(r * (r - 1) // 2), doubles(r * (r - 1) // 2)
+    return [leaf.requires_grad_() for leaf in leaves]
+
+
+def as_arguments(kind, first, second, r):
+    if kind == "shifts":
+        return {"shifts": (first, second)}
+    left, right = cayley(torch.stack([first, second]), r)
+    return {"rotations": (left, right)}
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2), (4, 3, 3), (1, 5, 1), (5, 1, 1)])
+@pytest.mark.parametrize("kind", ["shifts", "rotations"])
+def test_gradcheck(kind, shape):
+    out_features, in_features, r = shape
+    basis = SpectralBasis(doubles(out_features, r), doubles(r).abs(), doubles(r, in_features))
+    weight, bias = doubles(out_features, in_features), doubles(out_features).requires_grad_()
+    x = doubles(2, 3, in_features).requires_grad_()
+    leaves = trained_arguments(kind, out_features, in_features, r)
+
+    def product(x, bias, first, second):
+        arguments = as_arguments(kind, first, second, r)
+        return low_rank_spectral_linear(x, weight, basis, bias=bias, **arguments)
+
+    assert torch.autograd.gradcheck(product, (x, bias, *leaves))
+
+
+def test_gradcheck_of_two_thin_matrices_with_every_start():
+    x, down, up = (doubles(*shape).requires_grad_() for shape in ((2, 3, 4), (2, 4), (5, 2)))
+    assert torch.autograd.gradcheck(low_rank_linear, (x, down, up))
+    base = doubles(2, 3, 5).requires_grad_()
+    onto = lambda x, down, up, base: adapted_linear(  # noqa: E731
+        LowRankLinearFunction, x, (down, up), scaling=0.5, base=base
+    )
+    assert torch.autograd.gradcheck(onto, (x, down, up, base))
+    # A weight that is trained too has its own gradient.
+    weight, bias = doubles(5, 4).requires_grad_(), doubles(5).requires_grad_()
+    both = lambda x, down, up, weight, bias: adapted_linear(  # noqa: E731
+        LowRankLinearFunction, x, (down, up), weight=weight, bias=bias
+    )
+    assert torch.autograd.gradcheck(both, (x, down, up, weight, bias))
+
+
+@pytest.mark.parametrize("kind", ["shifts", "rotations"])
+def test_only_what_is_asked_for_is_differentiated(kind):
+    r = 3
+    basis = SpectralBasis(doubles(5, r), doubles(r).abs(), doubles(r, 4))
+    weight, x = doubles(5, 4), doubles(7, 4).requires_grad_()
+    first, second = trained_arguments(kind, 5, 4, r)
+    whole = low_rank_spectral_linear(x, weight, basis, **as_arguments(kind, first, second, r))
+    expected = torch.autograd.grad(whole.sin().sum(), [x, first, second])
+    for i, wanted in enumerate((x, first, second)):
+        parts = [t if t is wanted else t.detach() for t in (x, first, second)]
+        arguments = as_arguments(kind, *parts[1:], r)
+        y = low_rank_spectral_linear(parts[0], weight, basis, **arguments)
+        (actual,) = torch.autograd.grad(y.sin().sum(), wanted)
+        torch.testing.assert_close(actual, expected[i], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["shifts", "rotations"])
+def test_functions_compile_without_a_graph_break(kind):
+    r = 3
+    basis = SpectralBasis(torch.randn(6, r), torch.rand(r), torch.randn(r, 4))
+    weight, bias = torch.randn(6, 4), torch.randn(6)
+    first, second = (p.detach().float() for p in trained_arguments(kind, 6, 4, r))
+    leaves = [torch.randn(5, 4), first, second]
+
+    def product(x, first, second):
+        arguments = as_arguments(kind, first, second, r)
+        return low_rank_spectral_linear(x, weight, basis, bias=bias, **arguments)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_near(compiled(*leaves), product(*leaves))
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    expected = torch.autograd.grad(product(*leaves).sin().sum(), leaves)
+    for actual, gradient in zip(
+        torch.autograd.grad(compiled(*leaves).sin().sum(), leaves), expected, strict=True
+    ):
+        assert_near(actual, gradient)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_hooked_or_trained_base_keeps_its_own_product(cls):
+    layer = trained(cls.from_linear(nn.Linear(20, 12), r=3))
+    x = torch.randn(5, 20)
+    fused = layer(x)
+    seen = []
+    handle = layer.base.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(layer(x), fused)
+    assert len(seen) == 1
+    handle.remove()
+    layer.base.weight.requires_grad_()
+    torch.testing.assert_close(layer(x), fused)
+    layer(x).sum().backward()
+    dense = layer.base.weight.detach().clone().requires_grad_()
+    linear(x, dense).sum().backward()
+    torch.testing.assert_close(layer.base.weight.grad, dense.grad)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_backward_inside_autocast(cls):
+    layer = trained(cls.from_linear(nn.Linear(20, 12), r=3))
+    x = torch.randn(5, 20, requires_grad=True)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(layer(x).sin().sum(), wanted)
+    y = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y.sin().sum(), wanted)
+    for actual, gradient in zip(inside, expected, strict=True):
+        assert actual.dtype == gradient.dtype
+        torch.testing.assert_close(actual, gradient)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_torch_func_sees_the_same_gradients(cls):
+    layer = trained(cls.from_linear(nn.Linear(9, 6).double(), r=3))
+    x, values = doubles(4, 9), {n: p for n, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(values):
+        return torch.func.functional_call(layer, values, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)({name: p.detach() for name, p in values.items()})
+    expected = torch.autograd.grad(loss(values), values.values())
+    for name, gradient in zip(values, expected, strict=True):
+        torch.testing.assert_close(gradients[name], gradient)
 
 
 def test_low_rank_function_refuses_what_does_not_fit():

@@ -8,7 +8,7 @@ from support import TOLERANCE, assert_near, dense_kron, random_rotation, relativ
 
 import spectral_kernels
 from spectral_kernels._overrides import STATUS
-from spectral_kernels.ops import OPS
+from spectral_kernels.ops import OPS, low_rank
 from spectral_kernels.ops.cayley import cayley_bwd_reference, cayley_fwd_reference
 from spectral_kernels.ops.kron import kron_gram_reference, kron_rotate_reference
 from spectral_kernels.ops.rotated_linear import (
@@ -101,6 +101,56 @@ SAMPLES |= {
         ([], [], [], [], [], 0.1, 0.9, 0.99, 1e-8, -1.0),
     ],
 }
+
+
+def low_rank_factors(name, out_features, in_features, r, dtype=torch.float32):
+    """What the op ``name`` takes between the bias and the scaling, away from the identity."""
+    random = lambda *shape: torch.randn(*shape, dtype=torch.float64).to(dtype)  # noqa: E731
+    if name == "low_rank_linear":
+        return random(r, in_features), random(out_features, r)
+    basis = (random(out_features, r), random(r).abs(), random(r, in_features))
+    if name == "spectral_a_linear":
+        return *basis, random(out_features, r), random(in_features, r)
+    return *basis, random_rotation(r, dtype=dtype), random_rotation(r, dtype=dtype)
+
+
+def low_rank_delta(name, factors):
+    """The definition of the change of the weight at scale 1 [out, in]."""
+    if name == "low_rank_linear":
+        down, up = factors
+        return up @ down
+    left, singular_values, right, first, second = factors
+    middle = torch.diag(singular_values)
+    if name == "spectral_a_linear":
+        return (left + first) @ middle @ (right + second.mT) - left @ middle @ right
+    return left @ (first @ middle @ second.mT - middle) @ right
+
+
+def low_rank_samples(name):
+    """Arguments of the forward and of the backward: 3-dimensional, empty, with and without W."""
+    forward, backward = [], []
+    for shape, r, start, dtype in (
+        ((2, 7), 3, "weight", torch.float32),
+        ((5,), 2, "base", torch.float64),
+        ((0,), 2, "weight", torch.float32),
+        ((1,), 1, "nothing", torch.bfloat16),
+    ):
+        factors = low_rank_factors(name, 5, 6, r)
+        x, grad = torch.randn(*shape, 6, dtype=dtype), torch.randn(*shape, 5, dtype=dtype)
+        base = torch.randn(*shape, 5, dtype=dtype) if start == "base" else None
+        weight = torch.randn(5, 6, dtype=dtype) if start == "weight" else None
+        bias = torch.randn(5, dtype=dtype) if start == "weight" else None
+        forward.append((x, base, weight, bias, *factors, 0.5))
+        thin = getattr(low_rank, f"{name}_fwd_reference")(*forward[-1])[1]
+        saved = () if name == "spectral_r_linear" else (x,)
+        needs = (start != "base", start != "nothing")
+        backward.append((grad, *saved, weight, thin, *factors, 0.5, *needs))
+    return {f"{name}_fwd": forward, f"{name}_bwd": backward}
+
+
+LOW_RANK = ("low_rank_linear", "spectral_a_linear", "spectral_r_linear")
+for stem in LOW_RANK:
+    SAMPLES.update(low_rank_samples(stem))
 
 
 def test_every_op_has_samples():
@@ -266,6 +316,100 @@ def test_rotated_linear_values(which, dtype):
             tangent = lambda g: factor.double().mT @ g.double()  # noqa: B023, E731
             skew = lambda g: tangent(g) - tangent(g).mT  # noqa: B023, E731
             assert relative_error(skew(actual), skew(exact)) <= 4 * TOLERANCE[dtype]
+
+
+def low_rank_pair(name, which):
+    if which == "op":
+        return getattr(op, f"{name}_fwd"), getattr(op, f"{name}_bwd")
+    return getattr(low_rank, f"{name}_fwd_reference"), getattr(low_rank, f"{name}_bwd_reference")
+
+
+def check_low_rank(name, which, x, grad, factors, *, start, scaling=1.0, factor=1.0):
+    """Values and gradients of one op against the definition, differentiated in float64."""
+    forward, backward = low_rank_pair(name, which)
+    out_features, in_features, dtype = grad.shape[-1], x.shape[-1], x.dtype
+    base = torch.randn(*grad.shape).to(dtype) if start == "base" else None
+    weight = torch.randn(out_features, in_features).to(dtype) if start == "weight" else None
+    bias = torch.randn(out_features).to(dtype) if start == "weight" else None
+    y, thin = forward(x, base, weight, bias, *factors, scaling)
+    saved = () if name == "spectral_r_linear" else (x,)
+    everything = backward(grad, *saved, weight, thin, *factors, scaling, True, True)
+    only_x = backward(grad, *saved, weight, thin, *factors, scaling, True, False)
+    only_factors = backward(grad, *saved, weight, thin, *factors, scaling, False, True)
+
+    exact_x = x.to(torch.float64, copy=True).requires_grad_()
+    exact = [factor.to(torch.float64, copy=True) for factor in factors]
+    leaves = [exact_x, exact[-2].requires_grad_(), exact[-1].requires_grad_()]
+    expected = scaling * exact_x @ low_rank_delta(name, exact).mT
+    if weight is not None:
+        expected = expected + exact_x @ weight.double().mT + bias.double()
+    if base is not None:
+        expected = expected + base.double()
+    gradients = torch.autograd.grad(expected, leaves, grad.double())
+    assert y.dtype == dtype
+    assert_near(y, expected, factor=factor)
+    for actual, gradient in zip(everything, gradients, strict=True):
+        # The gradient of a factor has its dtype, and at best the precision of the tokens.
+        limit = factor * max(TOLERANCE[dtype], TOLERANCE[actual.dtype])
+        assert relative_error(actual, gradient) <= limit
+    assert torch.equal(only_x[0], everything[0])
+    assert [part.numel() for part in only_x[1:]] == [0, 0] and only_factors[0].numel() == 0
+    assert all(map(torch.equal, only_factors[1:], everything[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["op", "reference"])
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_low_rank_values(name, which, dtype):
+    small = torch.float64 if dtype == torch.float64 else torch.float32
+    sizes = [(5, 6, 3), (31, 17, 5), (24, 40, 16)]
+    if dtype != torch.bfloat16:
+        # One sum alone may cancel, and bf16 rounds on the way.
+        sizes += [(1, 7, 1), (7, 1, 1)]
+    for out_features, in_features, r in sizes:
+        factors = low_rank_factors(name, out_features, in_features, r, small)
+        for shape, start in (((2, 7), "weight"), ((13,), "base"), ((1,), "nothing"), ((), "base")):
+            x = torch.randn(*shape, in_features).to(dtype)
+            grad = torch.randn(*shape, out_features).to(dtype)
+            check_low_rank(name, which, x, grad, factors, start=start, scaling=-1.5, factor=2)
+
+
+@pytest.mark.parametrize("which", ["op", "reference"])
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_low_rank_hostile_values(name, which):
+    """Strides of all kinds, huge and tiny activations."""
+    # Every entry twice, and then every other one: the same numbers with gaps between them.
+    spread = lambda f: f.repeat_interleave(2, -1)[..., ::2]  # noqa: E731
+    factors = [spread(factor) for factor in low_rank_factors(name, 12, 9, 4)]
+    x, grad = torch.randn(9, 7).mT, torch.randn(12, 14).mT[::2]
+    assert not any(t.is_contiguous() for t in (x, grad, *factors) if t.dim() == 2)
+    for scale in (1.0, 1e15, 1e-15):
+        check_low_rank(name, which, x * scale, grad, factors, start="nothing", factor=2)
+        check_low_rank(name, which, x, grad * scale, factors, start="weight", factor=2)
+
+
+@pytest.mark.parametrize("which", ["op", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOW_RANK[1:])
+def test_low_rank_identity_changes_nothing_to_the_last_bit(name, dtype, which):
+    forward, _ = low_rank_pair(name, which)
+    left, singular_values, right, first, second = low_rank_factors(name, 12, 9, 4)
+    first, second = torch.zeros_like(first), torch.zeros_like(second)
+    if name == "spectral_r_linear":
+        first, second = torch.eye(4), torch.eye(4)
+    x, base = torch.randn(7, 9).to(dtype), torch.randn(7, 12).to(dtype)
+    y, _ = forward(x, base, None, None, left, singular_values, right, first, second, 3.0)
+    assert torch.equal(y, base)
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_low_rank_refuses_what_does_not_fit(name):
+    x, (*frozen, last) = torch.randn(7, 6), low_rank_factors(name, 5, 6, 3)
+    for forward in low_rank_pair(name, "op")[0], low_rank_pair(name, "reference")[0]:
+        with pytest.raises((RuntimeError, ValueError)):
+            forward(x, None, None, None, *frozen, last[:, :-1], 1.0)
+        with pytest.raises((RuntimeError, ValueError), match="base and weight exclude each other"):
+            forward(x, torch.randn(7, 5), torch.randn(5, 6), None, *frozen, last, 1.0)
 
 
 def test_non_contiguous_inputs():

@@ -12,11 +12,17 @@ from math import prod
 import pytest
 import torch
 
-from spectral_kernels.triton_kernels import LIMITS, STIEFEL_LIMITS, supports
+from spectral_kernels.triton_kernels import (
+    LIMITS,
+    LOW_RANK_LIMITS,
+    STIEFEL_LIMITS,
+    supports,
+)
 from spectral_kernels.triton_kernels._launch import (
     MAX_AXIS,
     MAX_BLOCKS,
     MAX_INNER,
+    MAX_RANK,
     AxisLaunch,
     TileLaunch,
     plan_gram,
@@ -55,6 +61,16 @@ VARIANTS = [
     ("stiefel_sgd", (13,), F32, False, False),
     ("stiefel_sgd", (20,), F32, False, False),
     ("stiefel_sgd", (100,), F32, False, False),
+    ("low_rank_add", (1,), F32, False, True),
+    ("low_rank_add", (8,), BF16, False, False),
+    ("low_rank_add", (8,), BF16, False, True),
+    ("low_rank_add", (8,), F32, False, False),
+    ("low_rank_add", (50,), F32, False, True),
+    ("low_rank_add", (64,), F16, False, True),
+    ("turn_thin", (8,), BF16, False, False),
+    ("turn_thin", (17,), F32, True, False),
+    ("turn_thin", (64,), F16, True, False),
+    ("turn_thin", (64,), F32, False, False),
 ]
 
 # No spilled register, at least 8 resident warps per multiprocessor by the register file, and the
@@ -159,6 +175,42 @@ def test_a_model_of_factors_is_few_launches(launches):
     assert all(kernels[i] is kernels[i + 10] for i in range(10))
 
 
+@needs_compiler
+def test_low_rank_host_functions_launch_what_compiles(launches):
+    from spectral_kernels.triton_kernels import low_rank
+
+    left, scale, right = torch.randn(60, 8), torch.rand(8), torch.randn(8, 300)
+    shifts, turns = (torch.randn(60, 8), torch.randn(300, 8)), (torch.eye(8), torch.eye(8))
+    weight = torch.randn(60, 300)
+    for rows in (1, 16, 33):
+        x, grad = torch.randn(rows, 300), torch.randn(rows, 60)
+        low_rank.low_rank_linear_fwd(x, None, weight, None, right, left, 1.0)
+        low_rank.low_rank_linear_bwd(grad, x, weight, x[:, :8], right, left, 1.0, True, True)
+        basis = (left, scale, right)
+        thin = torch.randn(rows, 16)
+        low_rank.spectral_a_linear_fwd(x, grad, None, None, *basis, *shifts, 1.0)
+        low_rank.spectral_a_linear_bwd(grad, x, None, thin, *basis, *shifts, 1.0, True, True)
+        low_rank.spectral_r_linear_fwd(x, None, weight, None, *basis, *turns, 1.0)
+        low_rank.spectral_r_linear_bwd(grad, weight, x[:, :8], *basis, *turns, 1.0, True, True)
+    names = [name.removeprefix("_").removesuffix("_kernel") for name, _, _ in launches]
+    turned = ["turn_thin", "low_rank_add"]
+    assert names == (["low_rank_add"] * 4 + turned * 2) * 3
+    # 2 blocks of 32 of the 33 rows, times 1 block of the outputs or 3 of the inputs.
+    assert [grid for _, grid, _ in launches][16:] == [
+        (2,),
+        (6,),
+        (2,),
+        (6,),
+        (1,),
+        (2,),
+        (1,),
+        (6,),
+    ]
+    # Neither the number of rows nor of outputs must be compiled in.
+    kernels = [kernel for _, _, kernel in launches]
+    assert all(kernels[i] is kernels[i + 8] is kernels[i + 16] for i in range(8))
+
+
 def all_dims():
     """Factor sizes up to k = 16384 and beyond: all kinds of one, two, three and more factors."""
     sizes = (1, 2, 3, 7, 8, 10, 16, 17, 31, 32, 40, 64, 100, 127, 128, 129, 256, 1021)
@@ -222,8 +274,8 @@ def test_registering_overrides_the_ops_and_imports_nothing():
         "from spectral_kernels.ops import LIBRARY\n"
         "from spectral_kernels.triton_kernels import register\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "ops = ['kron_rotate', 'kron_gram', 'stiefel_sgd_', 'stiefel_adam_']\n"
-        "ops = [f'spectral::{op}' for op in ops]\n"
+        "from spectral_kernels.triton_kernels import OVERRIDDEN\n"
+        "ops = [f'spectral::{op}' for op in OVERRIDDEN]\n"
         "if torch.version.cuda is None:\n"
         "    assert not any(has(op, 'CUDA') for op in ops)\n"
         "    register(LIBRARY)\n"
@@ -251,5 +303,9 @@ def test_supports_says_why_not():
     assert not supports("stiefel", [F32], [MAX_AXIS + 1])[0] and str(MAX_AXIS) in STIEFEL_LIMITS
     supported, reason = supports("stiefel", [torch.float64], [4])
     assert not supported and "float64" in reason and "float64" in STIEFEL_LIMITS
+    assert supports("low_rank_linear_fwd", [BF16, F32], [8])[0]
+    assert not supports("spectral_a_linear_bwd", [F32, torch.float64], [8])[0]
+    supported, reason = supports("spectral_r_linear_fwd", [F32], [MAX_RANK + 1])
+    assert not supported and str(MAX_RANK) in reason and str(MAX_RANK) in LOW_RANK_LIMITS
     with pytest.raises(ValueError, match="'cayley'"):
         supports("cayley", [F32], [4])

@@ -13,7 +13,7 @@ from math import prod
 import pytest
 import stiefel_oracle
 import torch
-from support import assert_near, random_rotation
+from support import TOLERANCE, assert_near, random_rotation, relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = [
@@ -23,7 +23,7 @@ interpreter = [
 
 if INTERPRETED:
     pytest.importorskip("triton")
-    from spectral_kernels.triton_kernels import _launch, kron_gram, kron_rotate, stiefel
+    from spectral_kernels.triton_kernels import _launch, kron_gram, kron_rotate, low_rank, stiefel
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -81,6 +81,8 @@ def poison(monkeypatch):
     monkeypatch.setattr(kron_gram, "kron_gram_reference", unreachable)
     monkeypatch.setattr(stiefel, "stiefel_sgd_reference", unreachable)
     monkeypatch.setattr(stiefel, "stiefel_adam_reference", unreachable)
+    for op in _launch.LOW_RANK_OPS:
+        monkeypatch.setattr(low_rank, f"{op}_reference", unreachable)
 
 
 def rotated(x, factors, transpose, before, after):
@@ -364,3 +366,107 @@ class TestStiefel:
             stiefel.stiefel_sgd_([eye], [torch.zeros(2, 3)], [zeros], 0.1, 0.9, -1.0)
         with pytest.raises(ValueError, match=r"velocities must have one entry per factor, 1"):
             stiefel.stiefel_sgd_([eye], [zeros], [], 0.1, 0.9, -1.0)
+
+
+# (rows, outputs, inputs, r): one, primes, several tiles both ways, more columns than one step.
+LOW_RANK_SHAPES = [(1, 1, 1, 1), (3, 5, 7, 2), (37, 130, 19, 8), (33, 20, 150, 17), (2, 9, 40, 64)]
+
+
+def low_rank_case(stem, rows, outputs, inputs, r, dtype):
+    """Factors as the op takes them, and the change of the weight in float64."""
+    if stem == "low_rank_linear":
+        down, up = torch.randn(r, inputs), torch.randn(outputs, r)
+        return (down, up), lambda down, up: up @ down
+    basis = (torch.randn(outputs, r), torch.rand(r), torch.randn(r, inputs))
+    if stem == "spectral_a_linear":
+        shifts = torch.randn(outputs, r), torch.randn(inputs, r)
+
+        def shifted(left, scale, right, first, second):
+            return ((left + first) * scale) @ (right + second.mT) - (left * scale) @ right
+
+        return (*basis, *shifts), shifted
+
+    def turned(left, scale, right, first, second):
+        return left @ (first * scale @ second.mT - torch.diag(scale)) @ right
+
+    return (*basis, *rotations((r, r))), turned
+
+
+def check_low_rank(stem, rows, outputs, inputs, r, dtype, start):
+    """Forward and backward against the definition, differentiated in float64."""
+    factors, delta = low_rank_case(stem, rows, outputs, inputs, r, dtype)
+    x, grad = torch.randn(rows, inputs).to(dtype), torch.randn(rows, outputs).to(dtype)
+    weight = torch.randn(outputs, inputs).to(dtype) if start == "weight" else None
+    base = torch.randn(rows, outputs).to(dtype) if start == "base" else None
+    kept = None if base is None else base.clone()
+    y, thin = getattr(low_rank, f"{stem}_fwd")(x, base, weight, None, *factors, -0.5)
+    saved = () if stem == "spectral_r_linear" else (x,)
+    results = getattr(low_rank, f"{stem}_bwd")(
+        grad, *saved, weight, thin, *factors, -0.5, True, True
+    )
+    exact_x = x.double().requires_grad_()
+    exact = [factor.double() for factor in factors]
+    leaves = [exact_x, *(factor.requires_grad_() for factor in exact[-2:])]
+    expected = -0.5 * exact_x @ delta(*exact).mT
+    if weight is not None:
+        expected = expected + exact_x @ weight.double().mT
+    if base is not None:
+        assert torch.equal(base, kept)
+        expected = expected + base.double()
+    assert y.dtype == dtype
+    assert_near(y, expected, factor=2)
+    gradients = torch.autograd.grad(expected, leaves, grad.double())
+    for actual, gradient in zip(results, gradients, strict=True):
+        limit = 2 * max(TOLERANCE[dtype], TOLERANCE[actual.dtype])
+        assert relative_error(actual, gradient) <= limit
+
+
+class TestLowRank:
+    pytestmark = interpreter
+
+    @pytest.mark.parametrize("shape", LOW_RANK_SHAPES)
+    @pytest.mark.parametrize("start", ["weight", "base", "nothing"])
+    @pytest.mark.parametrize("stem", ["low_rank_linear", "spectral_a_linear", "spectral_r_linear"])
+    def test_values_and_gradients(self, poison, stem, start, shape):
+        check_low_rank(stem, *shape, torch.float32, start)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("stem", ["low_rank_linear", "spectral_a_linear", "spectral_r_linear"])
+    def test_half_precision(self, poison, stem, dtype):
+        check_low_rank(stem, 37, 130, 19, 8, dtype, "weight")
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("stem", ["spectral_a_linear", "spectral_r_linear"])
+    def test_the_identity_changes_nothing_to_the_last_bit(self, poison, stem, dtype):
+        (*basis, _, _), _ = low_rank_case(stem, 5, 12, 9, 4, dtype)
+        same = (torch.zeros(12, 4), torch.zeros(9, 4))
+        if stem == "spectral_r_linear":
+            same = (torch.eye(4), torch.eye(4))
+        x, base = torch.randn(5, 9).to(dtype), torch.randn(5, 12).to(dtype)
+        y, _ = getattr(low_rank, f"{stem}_fwd")(x, base, None, None, *basis, *same, 3.0)
+        assert torch.equal(y, base)
+
+    @pytest.mark.parametrize("stem", ["low_rank_linear", "spectral_a_linear", "spectral_r_linear"])
+    def test_strides_and_leading_dimensions(self, poison, stem):
+        factors, delta = low_rank_case(stem, 6, 10, 12, 5, torch.float32)
+        strided = [factor.repeat_interleave(2, -1)[..., ::2] for factor in factors]
+        x, base = torch.randn(12, 3, 2).permute(2, 1, 0), torch.randn(10, 2, 3).permute(1, 2, 0)
+        y, _ = getattr(low_rank, f"{stem}_fwd")(x, base, None, None, *strided, 1.0)
+        exact = [factor.double() for factor in factors]
+        assert_near(y, base.double() + x.double() @ delta(*exact).mT)
+
+    def test_wrong_shapes_are_refused(self):
+        factors, _ = low_rank_case("spectral_r_linear", 3, 6, 5, 4, torch.float32)
+        x = torch.randn(3, 5)
+        with pytest.raises(ValueError, match=r"rotation_right must have shape \(4, 4\)"):
+            low_rank.spectral_r_linear_fwd(x, None, None, None, *factors[:-1], torch.eye(3), 1.0)
+        with pytest.raises(ValueError, match=r"base must have shape \(3, 6\)"):
+            low_rank.spectral_r_linear_fwd(x, torch.randn(3, 7), None, None, *factors, 1.0)
+
+    def test_what_the_kernels_do_not_take_runs_on_the_reference(self):
+        down, up = torch.randn(70, 5), torch.randn(6, 70)
+        x = torch.randn(3, 5)
+        y, _ = low_rank.low_rank_linear_fwd(x, None, None, None, down, up, 1.0)
+        assert_near(y, x.double() @ (up.double() @ down.double()).mT)
+        y, _ = low_rank.low_rank_linear_fwd(x[:0], None, None, None, down[:8], up[:, :8], 1.0)
+        assert y.shape == (0, 6)

@@ -16,6 +16,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from spectral_kernels.ops.kron import accumulation_dtype, gram_axis, rotate_axis
+from spectral_kernels.ops.low_rank import (
+    flat,
+    low_rank_linear_bwd_reference,
+    low_rank_linear_fwd_reference,
+    spectral_a_linear_bwd_reference,
+    spectral_a_linear_fwd_reference,
+    spectral_r_linear_bwd_reference,
+    spectral_r_linear_fwd_reference,
+)
 from spectral_kernels.ops.rotated_linear import (
     rotated_linear_bwd_reference,
     rotated_linear_fwd_reference,
@@ -562,3 +571,160 @@ class RotatedWeightFunction(torch.autograd.Function):
                 for factor, gram, needed in zip(factors, grams, needs_factors, strict=True)
             ),
         )
+
+
+class LowRankLinearFunction(torch.autograd.Function):
+    """``y = start + scaling * x (up @ down)^T``, with ``start = x W^T + bias`` for a frozen W.
+
+    Like the next two: ``x`` [..., in]; ``base`` [..., out] or None; ``weight`` W [out, in] or None
+    (not both; with neither the change alone is returned); ``bias`` [out] or None; the factors of
+    the change, here ``down`` [q, in] and ``up`` [out, q]; ``scaling``. Saves x and ``x down^T``.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        base: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor]:
+        return _product(_ops.low_rank_linear_fwd, low_rank_linear_fwd_reference)(
+            x, base, weight, bias, down, up, scaling
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save_for_low_rank(ctx, inputs, output[1], keeps_x=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        backward = _product(_ops.low_rank_linear_bwd, low_rank_linear_bwd_reference)
+        return _low_rank_grads(ctx, grad, backward)
+
+
+class SpectralALinearFunction(torch.autograd.Function):
+    """:class:`LowRankLinearFunction` for ``dW = (U1 + A_U) S1 (V1 + A_V)^T - U1 S1 V1^T``.
+
+    Factors: ``left`` U1 [out, r], ``singular_values`` S1 [r], ``right`` V1^T [r, in], all frozen,
+    ``shift_left`` A_U [out, r], ``shift_right`` A_V [in, r]. Saves x and 2r numbers per token.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        base: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        left: Tensor,
+        singular_values: Tensor,
+        right: Tensor,
+        shift_left: Tensor,
+        shift_right: Tensor,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor]:
+        return _product(_ops.spectral_a_linear_fwd, spectral_a_linear_fwd_reference)(
+            x,
+            base,
+            weight,
+            bias,
+            left,
+            singular_values,
+            right,
+            shift_left,
+            shift_right,
+            scaling,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save_for_low_rank(ctx, inputs, output[1], keeps_x=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        backward = _product(_ops.spectral_a_linear_bwd, spectral_a_linear_bwd_reference)
+        return _low_rank_grads(ctx, grad, backward)
+
+
+class SpectralRLinearFunction(torch.autograd.Function):
+    """:class:`LowRankLinearFunction` for ``dW = U1 (R_U S1 R_V^T - S1) V1^T``.
+
+    Factors: the basis as in :class:`SpectralALinearFunction`, ``rotation_left`` R_U and
+    ``rotation_right`` R_V [r, r]. Saves ``x V1``, r numbers per token, and x itself not.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        base: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        left: Tensor,
+        singular_values: Tensor,
+        right: Tensor,
+        rotation_left: Tensor,
+        rotation_right: Tensor,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor]:
+        return _product(_ops.spectral_r_linear_fwd, spectral_r_linear_fwd_reference)(
+            x,
+            base,
+            weight,
+            bias,
+            left,
+            singular_values,
+            right,
+            rotation_left,
+            rotation_right,
+            scaling,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save_for_low_rank(ctx, inputs, output[1], keeps_x=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        backward = _product(_ops.spectral_r_linear_bwd, spectral_r_linear_bwd_reference)
+        return _low_rank_grads(ctx, grad, backward)
+
+
+def _save_for_low_rank(ctx: Any, inputs: tuple[Any, ...], thin: Tensor, *, keeps_x: bool) -> None:
+    x, _, weight, bias, *factors, ctx.scaling = inputs
+    ctx.mark_non_differentiable(thin)
+    ctx.set_materialize_grads(False)  # else zeros are made for `thin`
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*((x,) if keeps_x else ()), weight, thin, *factors)
+
+
+def _low_rank_grads(
+    ctx: Any, grad: Tensor | None, backward: Callable[..., list[Tensor]]
+) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of the inputs; the two trained factors are the last tensors."""
+    needs = ctx.needs_input_grad
+    if grad is None:
+        return (None,) * len(needs)
+    needs_x, needs_base, _, needs_bias, *_, needs_first, needs_second, _ = needs
+    needs_factors = needs_first or needs_second
+    grad_x = grad_bias = first = second = None
+    if needs_bias:
+        grad_bias = flat(grad).sum(0).to(ctx.bias_dtype)
+    if needs_x or needs_factors:
+        grad_x, first, second = backward(
+            grad, *ctx.saved_tensors, ctx.scaling, needs_x, needs_factors
+        )
+    return (
+        grad_x if needs_x else None,
+        grad if needs_base else None,
+        None,
+        grad_bias,
+        *(None,) * (len(needs) - 7),
+        first if needs_first else None,
+        second if needs_second else None,
+        None,
+    )

@@ -27,10 +27,13 @@ from spectral_adapters.autograd import (
     KeptGradient,
     KronGramFunction,
     KronRotateFunction,
+    LowRankLinearFunction,
     MergedLinearFunction,
     RotatedLinearFunction,
     RotatedWeightFunction,
     SODALinearFunction,
+    SpectralALinearFunction,
+    SpectralRLinearFunction,
     apply,
 )
 from spectral_adapters.planner import PLANS, choose_plan, rates_for, remembered_plan
@@ -622,6 +625,24 @@ def low_rank_factors(
     Raises:
         ValueError: not exactly one of shifts and rotations, or a shape does not fit.
     """
+    left, singular_values, right = _check_low_rank(basis, shifts, rotations)
+    if shifts is not None:
+        shift_left, shift_right = shifts
+        turned = shift_right.mT
+        down = torch.cat([turned, right + turned])
+        return down, torch.cat([left * singular_values, shift_left * singular_values], 1)
+    assert rotations is not None
+    rotation_left, rotation_right = rotations
+    middle = (rotation_left * singular_values) @ rotation_right.mT - torch.diag(singular_values)
+    return right, left @ middle
+
+
+def _check_low_rank(
+    basis: SpectralBasis,
+    shifts: tuple[Tensor, Tensor] | None,
+    rotations: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The basis, if exactly one of shifts and rotations is given and fits it."""
     left, singular_values, right = basis
     if (shifts is None) == (rotations is None):
         raise ValueError(
@@ -633,15 +654,10 @@ def low_rank_factors(
     r = len(singular_values)
     if shifts is not None:
         _check_shapes("shifts", shifts, ((left.shape[0], r), (right.shape[1], r)))
-        shift_left, shift_right = shifts
-        turned = shift_right.mT
-        down = torch.cat([turned, right + turned])
-        return down, torch.cat([left * singular_values, shift_left * singular_values], 1)
-    assert rotations is not None
-    _check_shapes("rotations", rotations, ((r, r), (r, r)))
-    rotation_left, rotation_right = rotations
-    middle = (rotation_left * singular_values) @ rotation_right.mT - torch.diag(singular_values)
-    return right, left @ middle
+    else:
+        assert rotations is not None
+        _check_shapes("rotations", rotations, ((r, r), (r, r)))
+    return left, singular_values, right
 
 
 def low_rank_linear(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -649,9 +665,51 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
     In the dtype of x (the autocast dtype under autocast); GEMMs as in :func:`soda_linear`.
     """
-    result, work = product_dtypes(x, down)
+    return adapted_linear(LowRankLinearFunction, x, (down, up))
+
+
+def adapted_linear(
+    function: type[torch.autograd.Function],
+    x: Tensor,
+    factors: Sequence[Tensor],
+    *,
+    scaling: float = 1.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
+    """A linear layer with a change of low rank: one op per direction where the dtypes allow it.
+
+    Args:
+        function: ``LowRankLinearFunction``, ``SpectralALinearFunction`` or
+            ``SpectralRLinearFunction``.
+        x: [..., in].
+        factors: what ``function`` takes between the bias and the scaling.
+        scaling: of the change.
+        weight, bias: W0 [out, in], and [out] or None: the change is added to ``x W0^T + bias``.
+        base: [..., out], what the change is added to instead. Without either it is returned alone.
+
+    Returns:
+        [..., out] in the dtype of ``base``, else of x (the autocast dtype under autocast).
+    """
+    scaling = float(scaling)
+    result, work = product_dtypes(x, factors[0])
+    own = work if weight is None else product_dtypes(x, weight)[1]
+    change: Tensor
     with without_autocast(x.device):
-        return linear(linear(x.to(work), down.to(work)), up.to(work)).to(result)
+        if weight is not None:
+            # A weight that is trained itself needs a product of its own, which has its gradient.
+            if result == work == own and not weight.requires_grad:
+                weight = weight.to(work)  # here: what the op would do again in its backward
+                change, _ = apply(function, x.to(work), None, weight, bias, *factors, scaling)
+                return change
+            bias = None if bias is None else bias.to(own)
+            base = linear(x.to(own), weight.to(own), bias).to(result)
+        start = base if base is not None and base.dtype == work else None
+        change, _ = apply(function, x.to(work), start, None, None, *factors, scaling)
+        if base is None:
+            return change.to(result)
+        return change if start is not None else base + change.to(base.dtype)
 
 
 def low_rank_spectral_linear(
@@ -684,12 +742,15 @@ def low_rank_spectral_linear(
     check_tensor("weight", weight, ndim=2)
     check_tensor("x", x)
     check_last_dimension("x", x, weight.shape[1], "the layer's in_features")
-    down, up = low_rank_factors(basis, shifts=shifts, rotations=rotations)
-    _check_shapes("basis", (up, down.mT), ((weight.shape[0], -1), (weight.shape[1], -1)))
-    result, work = product_dtypes(x, weight)
-    with without_autocast(x.device):
-        y = linear(x.to(work), weight.to(work), None if bias is None else bias.to(work))
-    return y.to(result) + low_rank_linear(x, down, up)
+    frozen = _check_low_rank(basis, shifts, rotations)
+    thin = (basis.left, basis.right.mT)
+    _check_shapes("basis", thin, ((weight.shape[0], -1), (weight.shape[1], -1)))
+    if shifts is not None:
+        factors = (*frozen, *shifts)
+        return adapted_linear(SpectralALinearFunction, x, factors, weight=weight, bias=bias)
+    assert rotations is not None
+    factors = (*frozen, *rotations)
+    return adapted_linear(SpectralRLinearFunction, x, factors, weight=weight, bias=bias)
 
 
 def _check_shapes(
@@ -765,8 +826,10 @@ def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]
     is only a storage format, they run in the wider of it and the weight's.
     """
     result = x.dtype
-    if x.dtype != torch.float64 and _autocast_is_on(x.device.type):
+    if x.dtype != torch.float64 and autocast_is_on(x.device.type):
         result = torch.get_autocast_dtype(x.device.type)
+    if result == weight.dtype:
+        return result, result
     if x.device.type == "cpu":
         return result, torch.promote_types(result, weight.dtype)
     return result, result
@@ -774,10 +837,11 @@ def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which products keep the dtypes that :func:`product_dtypes` chose."""
-    if _autocast_is_on(device.type):
+    if autocast_is_on(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
-def _autocast_is_on(device_type: str) -> bool:
+def autocast_is_on(device_type: str) -> bool:
+    """Whether products on this type of device change their dtypes; also for those without it."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

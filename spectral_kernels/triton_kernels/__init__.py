@@ -1,31 +1,47 @@
-"""Triton kernels of the Kronecker and Stiefel ops, registered for CUDA by ``register``.
+"""Triton kernels of the Kronecker, low-rank and Stiefel ops, registered for CUDA by ``register``.
 
 Triton is imported when an op first runs, not before: importing this package must stay free.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from spectral_kernels.triton_kernels._launch import MAX_AXIS, supports
+from spectral_kernels.triton_kernels._launch import LOW_RANK_OPS, MAX_AXIS, MAX_RANK, supports
 
 LIMITS = (
     f"float64, and kron_gram with a factor above {MAX_AXIS} or too many sums for the registers, "
     "run on the reference"
 )
+LOW_RANK_LIMITS = f"between cuBLAS's GEMMs; float64 and ranks above {MAX_RANK} run on the reference"
+OVERRIDDEN = ("kron_rotate", "kron_gram", "stiefel_sgd_", "stiefel_adam_", *LOW_RANK_OPS)
 
 STIEFEL_LIMITS = f"float64 and matrices above {MAX_AXIS} run on the reference"
 
-__all__ = ["LIMITS", "STIEFEL_LIMITS", "register", "supports"]
+__all__ = ["LIMITS", "LOW_RANK_LIMITS", "OVERRIDDEN", "STIEFEL_LIMITS", "register", "supports"]
 
 
 def register(library: torch.library.Library) -> None:
-    """Override these ops for CUDA; imports and compiles nothing and creates no CUDA context."""
+    """Override ``OVERRIDDEN`` for CUDA; imports, compiles nothing and creates no CUDA context."""
     library.impl("kron_rotate", _kron_rotate, "CUDA")
     library.impl("kron_gram", _kron_gram, "CUDA")
     library.impl("stiefel_sgd_", _stiefel_sgd_, "CUDA")
     library.impl("stiefel_adam_", _stiefel_adam_, "CUDA")
+    for op in LOW_RANK_OPS:
+        library.impl(op, _low_rank(op), "CUDA")
+
+
+def _low_rank(op: str) -> Callable[..., Any]:
+    def implementation(*arguments: Any) -> Any:
+        from spectral_kernels.triton_kernels import low_rank
+
+        return getattr(low_rank, op)(*arguments)
+
+    return implementation
 
 
 def _kron_rotate(

@@ -47,6 +47,18 @@ MIN_GRAM_TOKENS = 8
 GRAM_CHUNK = 4096
 MAX_CHUNK_TOKENS = 64
 
+# A pass that adds a change of this rank still waits for memory, not for its arithmetic.
+MAX_RANK = 64
+
+# Columns of the change whose loads are in flight together.
+LOW_RANK_STEP = 4
+
+LOW_RANK_OPS = tuple(
+    f"{stem}_{direction}"
+    for stem in ("low_rank_linear", "spectral_a_linear", "spectral_r_linear")
+    for direction in ("fwd", "bwd")
+)
+
 _Table = tuple[tuple[tuple[int | None, ...], tuple[Any, ...]], ...]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -133,6 +145,30 @@ class RotatePlan:
 
 
 @dataclass(frozen=True)
+class LowRankLaunch(Launch):
+    """A change of rank r added to a matrix: a tile ``rows x columns`` of it per program."""
+
+    r: int
+    rows: int
+    columns: int
+
+    def constants(self) -> dict[str, Any]:
+        step = min(LOW_RANK_STEP, _power_of_two(self.r))
+        return {"R": self.r, "ROWS": self.rows, "COLUMNS": self.columns, "STEP": step}
+
+
+@dataclass(frozen=True)
+class TurnLaunch(Launch):
+    """The thin side of a change times its middle [r, r]: ``rows`` of it per program."""
+
+    r: int
+    rows: int
+
+    def constants(self) -> dict[str, Any]:
+        return {"R": self.r, "PADDED": pad(self.r), "ROWS": self.rows, "PRECISION": DOT_PRECISION}
+
+
+@dataclass(frozen=True)
 class GramPlan(Launch):
     """All Grams and the column sums in one pass: ``blocks`` programs share each chunk of tokens."""
 
@@ -213,13 +249,24 @@ _STIEFEL_TABLE: _Table = (
 )
 
 
+# rows and columns per program, options: 32 sums per thread whatever the rank
+_LOW_RANK_LAUNCH = (32, 128, 4, 1, None)
+
+# padded rank up to -> rows per program, options
+_TURN_TABLE: _Table = (
+    ((16,), (64, 4, 1, None)),
+    ((32,), (32, 4, 1, None)),
+    ((None,), (32, 8, 1, None)),
+)
+
+
 def supports(op: str, dtypes: Sequence[torch.dtype], dims: Sequence[int]) -> tuple[bool, str]:
     """Whether the Triton kernels take this call, and in one sentence why (not).
 
     Args:
-        op: ``"kron_rotate"``, ``"kron_gram"`` or ``"stiefel"``.
-        dtypes: of ``x``, of ``a`` and ``b``, or of a factor.
-        dims: the factor sizes, outermost first, or the size of the one factor.
+        op: ``"kron_rotate"``, ``"kron_gram"``, ``"stiefel"`` or one of ``LOW_RANK_OPS``.
+        dtypes: of ``x`` (and the factors), of ``a`` and ``b``, or of a factor.
+        dims: the factor sizes, outermost first, or the size of the one factor, or the one rank r.
     """
     if not dims or min(dims) < 1:
         return False, f"factor sizes must be at least 1 each, got {tuple(dims)}"
@@ -244,7 +291,12 @@ def supports(op: str, dtypes: Sequence[torch.dtype], dims: Sequence[int]) -> tup
         if dims[0] > MAX_AXIS:
             return False, f"a factor above {MAX_AXIS} runs on the reference, got {dims[0]}"
         return True, "one program"
-    raise ValueError(f"op must be 'kron_rotate', 'kron_gram' or 'stiefel', got {op!r}")
+    if op in LOW_RANK_OPS:
+        if max(dims) > MAX_RANK:
+            return False, f"ranks above {MAX_RANK} run on the reference, got {max(dims)}"
+        return True, "one pass over the base product"
+    ops = ", ".join(("kron_rotate", "kron_gram", "stiefel", *LOW_RANK_OPS))
+    raise ValueError(f"op must be one of {ops}; got {op!r}")
 
 
 def pad(n: int) -> int:
@@ -365,3 +417,17 @@ def plan_stiefel(n: int) -> StiefelLaunch:
     """The launch for matrices of size ``n``, up to ``MAX_AXIS``."""
     tile, warps, stages, registers = _row(_STIEFEL_TABLE, n)
     return StiefelLaunch(warps, stages, registers, tile)
+
+
+@lru_cache(maxsize=1024)
+def plan_low_rank(r: int) -> LowRankLaunch:
+    """The tile of a program for a change of rank r (of two terms of rank r for Adapter A)."""
+    rows, columns, warps, stages, registers = _LOW_RANK_LAUNCH
+    return LowRankLaunch(warps, stages, registers, r, rows, columns)
+
+
+@lru_cache(maxsize=1024)
+def plan_turn(r: int) -> TurnLaunch:
+    """The rows of a program that multiplies the thin side by the middle of Adapter R."""
+    rows, warps, stages, registers = _row(_TURN_TABLE, pad(r))
+    return TurnLaunch(warps, stages, registers, r, rows)

@@ -24,20 +24,25 @@ from spectral_kernels.triton_kernels._launch import (
     Launch,
     TileLaunch,
     plan_gram,
+    plan_low_rank,
     plan_rotate,
     plan_stiefel,
+    plan_turn,
 )
 from spectral_kernels.triton_kernels.kron_gram import _kron_gram_kernel
 from spectral_kernels.triton_kernels.kron_rotate import (
     _kron_rotate_axis_kernel,
     _kron_rotate_tile_kernel,
 )
+from spectral_kernels.triton_kernels.low_rank import _low_rank_add_kernel, _turn_thin_kernel
 from spectral_kernels.triton_kernels.stiefel import _stiefel_kernel, rule_constants
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 # Kernel arguments that are numbers; all others are pointers or constexpr.
-_SCALARS = {"m": "i32", "share": "i32", "outer": "i32"}
+_SCALARS = {"m": "i32", "n": "i32", "share": "i32", "outer": "i32", "scaling": "fp32"} | {
+    f"{name}_stride_{axis}": "i32" for name in ("up", "shift") for axis in "nq"
+}
 _STIEFEL_NUMBERS = (
     "gradient", "keep", "mix", "keep_square", "mix_square", "log_beta1", "log_beta2", "eps",
     "rate", "bound",
@@ -50,7 +55,11 @@ _STIEFEL_LISTS = {"stiefel_sgd": 3, "stiefel_adam": 4}
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as the host function would launch it for ``dims``, ``dtype`` and these options."""
+    """One kernel as the host function would launch it for ``dims``, ``dtype`` and these options.
+
+    ``low_rank_add`` and ``turn_thin`` have one dimension, r; ``scales`` is for the former the
+    mixing of Spectral Adapter A.
+    """
 
     op: str
     dims: tuple[int, ...]
@@ -91,6 +100,9 @@ def compile_variant(variant: Variant, capability: int) -> Iterator[Resources]:
         constants = {**rule_constants(_STIEFEL_LISTS[variant.op]), **stiefel.constants()}
         yield _compile(_stiefel_kernel, stiefel, constants, {}, [], capability)
         return
+    if variant.op in ("low_rank_add", "turn_thin"):
+        yield _compile_low_rank(variant, capability)
+        return
     passes = plan_rotate(variant.dims).passes
     last = len(passes) - 1
     for index, launch in enumerate(passes):
@@ -106,6 +118,19 @@ def compile_variant(variant: Variant, capability: int) -> Iterator[Resources]:
             kernel = _kron_rotate_tile_kernel
             absent += ["r3_ptr"] if launch.padded[2] == 1 else []
         yield _compile(kernel, launch, constants, dtypes, absent, capability)
+
+
+def _compile_low_rank(variant: Variant, capability: int) -> Resources:
+    (r,) = variant.dims
+    if variant.op == "turn_thin":
+        turn = plan_turn(r)
+        constants = {**turn.constants(), "TRANSPOSE": variant.transpose}
+        dtypes = dict.fromkeys(("thin_ptr", "turned_ptr"), variant.dtype)
+        return _compile(_turn_thin_kernel, turn, constants, dtypes, [], capability)
+    launch = plan_low_rank(r)
+    dtypes = dict.fromkeys(("base_ptr", "thin_ptr", "mixed_ptr", "y_ptr"), variant.dtype)
+    absent = [] if variant.scales else ["shift_ptr", "scale_ptr", "mixed_ptr"]
+    return _compile(_low_rank_add_kernel, launch, launch.constants(), dtypes, absent, capability)
 
 
 def _compile(

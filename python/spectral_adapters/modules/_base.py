@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_adapters.decomposition import Fingerprint
-from spectral_adapters.functional import SpectralBasis
+from spectral_adapters.functional import SpectralBasis, autocast_is_on
 
 
 class SpectralModule(nn.Module):
@@ -104,6 +104,32 @@ class SpectralModule(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+
+
+def computes_as_written(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer with a plain weight does to x what its class says, in the dtype of x.
+
+    That is, nothing hooks into it or replaces its forward, its weight is neither quantised nor
+    sharded, and neither autocast nor a wrong dtype has a say in its product.
+    """
+    weight: Any = layer.weight
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and weight.dtype == x.dtype
+        and not autocast_is_on(x.device.type)
+        and not is_hooked(layer)
+    )
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether something watches or replaces what a layer computes."""
+    return bool(
+        "forward" in layer.__dict__
+        or layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+    )
 
 
 def _leave_out_frozen(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from spectral_adapters.autograd import SpectralALinearFunction, SpectralRLinearFunction
 from spectral_adapters.decomposition import decompose_columns, round_to_dtype, select_columns
-from spectral_adapters.functional import low_rank_factors, low_rank_linear
-from spectral_adapters.modules._base import SpectralModule
+from spectral_adapters.functional import adapted_linear, low_rank_factors
+from spectral_adapters.modules._base import SpectralModule, computes_as_written
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 
 
@@ -26,6 +27,9 @@ class SpectralAdapterLinear(SpectralModule):
 
     _FROZEN = (*SpectralModule._FROZEN, "base.weight", "base.bias")
     _CASTABLE = ("base",)
+
+    #: Adds the change to the base product; takes the basis and what ``_trained`` returns.
+    _function: ClassVar[type[torch.autograd.Function]]
 
     def __init__(
         self,
@@ -99,14 +103,22 @@ class SpectralAdapterLinear(SpectralModule):
         """Register the trained parameters, at the identity."""
         raise NotImplementedError
 
+    def _trained(self) -> tuple[Tensor, Tensor]:
+        """The shifts, or the rotations."""
+        raise NotImplementedError
+
     def _factors(self) -> tuple[Tensor, Tensor]:
         """(down [q, in], up [out, q]) with ``W' - W0 = up @ down``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        y = self.base(x)
-        return y + low_rank_linear(x, *self._factors()).to(y.dtype)
+        base = self.base
+        assert self.singular_values is not None
+        factors = (self.left, self.singular_values, self.right, *self._trained())
+        if type(base) is nn.Linear and computes_as_written(base, x):
+            return adapted_linear(self._function, x, factors, weight=base.weight, bias=base.bias)
+        return adapted_linear(self._function, x, factors, base=base(x))
 
     def get_delta_weight(self) -> Tensor:
         """``W' - W0`` [out, in]; exactly zero for an untrained layer."""
@@ -167,13 +179,18 @@ class SpectralAdapterALinear(SpectralAdapterLinear):
             floating-point or not finite, columns that it does not have, or an unknown option.
     """
 
+    _function = SpectralALinearFunction
+
     def _add_parameters(self, options: dict[str, Any]) -> None:
         r = len(self.columns)
         self.shift_left = nn.Parameter(torch.zeros(self.out_features, r, **options))
         self.shift_right = nn.Parameter(torch.zeros(self.in_features, r, **options))
 
+    def _trained(self) -> tuple[Tensor, Tensor]:
+        return self.shift_left, self.shift_right
+
     def _factors(self) -> tuple[Tensor, Tensor]:
-        return low_rank_factors(self.basis, shifts=(self.shift_left, self.shift_right))
+        return low_rank_factors(self.basis, shifts=self._trained())
 
 
 class SpectralAdapterRLinear(SpectralAdapterLinear, RotatedLayer):
@@ -185,6 +202,8 @@ class SpectralAdapterRLinear(SpectralAdapterLinear, RotatedLayer):
 
     Arguments, shapes and errors: as :class:`SpectralAdapterALinear`.
     """
+
+    _function = SpectralRLinearFunction
 
     def _add_parameters(self, options: dict[str, Any]) -> None:
         r = len(self.columns)
@@ -200,6 +219,9 @@ class SpectralAdapterRLinear(SpectralAdapterLinear, RotatedLayer):
         """Both rotations, for a :class:`spectral_adapters.rotation_bank.RotationBank`."""
         r = len(self.columns)
         return [RotationSlot("", (self.rotation_left, self.rotation_right), (r, r))]
+
+    def _trained(self) -> tuple[Tensor, Tensor]:
+        return self.rotations()
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return low_rank_factors(self.basis, rotations=self.rotations())

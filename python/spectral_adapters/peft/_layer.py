@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, conv3d, embedding, linear
 from transformers.pytorch_utils import Conv1D
 
+from spectral_adapters.autograd import LowRankLinearFunction
 from spectral_adapters.decomposition import Factorisation, Fingerprint
 from spectral_adapters.functional import (
     SpectralBasis,
-    low_rank_linear,
+    adapted_linear,
     product_dtypes,
     without_autocast,
 )
+from spectral_adapters.modules._base import computes_as_written, is_hooked
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
 from spectral_adapters.peft._factors import (
     Fingerprints,
@@ -48,9 +50,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     A method sets ``prefix`` and ``adapter_layer_names`` and defines ``_add_parameters`` and
     ``_factorisation``, and ``_new_containers`` and ``_changes_nothing`` if the defaults do not fit.
-    A change of low rank is given by ``_low_rank``, any other one by ``_delta_matrix``, with
-    ``_replace_base`` as its fast path, if it has one. A kind of base layer sets ``_ORDINARY`` and
-    defines ``_features``, ``_as_matrix``, ``_as_weight``, ``_product`` and ``_low_rank_product``.
+    A change of low rank is given by ``_low_rank``, with ``_linear_change`` as its fast path on
+    linear layers, any other one by ``_delta_matrix``, with ``_replace_base`` as its fast path. A
+    kind of base layer sets ``_ORDINARY`` and defines ``_features``, ``_as_matrix``, ``_as_weight``,
+    ``_product`` and ``_low_rank_product``.
 
     Args:
         base_layer: the layer to adapt; it keeps its weight.
@@ -125,6 +128,12 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def _low_rank(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """(down [q, in], up [out, q]) with ``W' - W0 = up @ down`` at scale 1."""
         raise NotImplementedError
+
+    def _linear_change(
+        self, adapter: str, device: torch.device
+    ) -> tuple[type[torch.autograd.Function], tuple[Tensor, ...]]:
+        """What adds the change to a linear layer's product, and the factors that it takes."""
+        return LowRankLinearFunction, self._low_rank(adapter, device)
 
     def _delta_matrix(self, adapter: str, device: torch.device) -> Tensor:
         """``W' - W0`` [out, in] at scale 1."""
@@ -569,14 +578,18 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def _add_low_rank(
         self, x: Tensor, active: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
-            y = self.quantization_backend.maybe_clone_base_result(y)
+        y = self._base_product(x, args, kwargs)
         for name in active:
             change = self._low_rank_product(x, *self._low_rank(name, y.device))
             if self.scaling[name] != 1:
                 change = self.scaling[name] * change
             y = y + change.to(y.dtype)
+        return y
+
+    def _base_product(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
         return y
 
     def _mixed_forward(
@@ -614,13 +627,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def _base_is_ordinary(self) -> bool:
         """Whether the base layer may be replaced: nothing hooks into it or overrides it."""
         base = self.base_layer
-        return type(base) in self._ORDINARY and not (
-            "forward" in base.__dict__
-            or base._forward_pre_hooks
-            or base._forward_hooks
-            or base._backward_pre_hooks
-            or base._backward_hooks
-        )
+        return type(base) in self._ORDINARY and not is_hooked(base)
 
     def _total_delta(self, adapters: Sequence[str]) -> Tensor:
         total = self.get_delta_weight(adapters[0])
@@ -677,8 +684,29 @@ class SpectralLinear(SpectralLayer):
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, self._as_matrix(weight), bias)
 
-    def _low_rank_product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return low_rank_linear(x, down, up)
+    def _add_low_rank(
+        self, x: Tensor, active: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        base: Any = self.base_layer
+        if (
+            type(base) is nn.Linear
+            and not (args or kwargs or len(active) > 1)
+            and computes_as_written(base, x)
+        ):
+            function, factors = self._linear_change(active[0], x.device)
+            return adapted_linear(
+                function,
+                x,
+                factors,
+                scaling=self.scaling[active[0]],
+                weight=base.weight,
+                bias=base.bias,
+            )
+        y = self._base_product(x, args, kwargs)
+        for name in active:
+            function, factors = self._linear_change(name, y.device)
+            y = adapted_linear(function, x, factors, scaling=self.scaling[name], base=y)
+        return y
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may approximate the adapter by a LoRA: it adds to the weight, so yes."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from spectral_adapters.autograd import SpectralALinearFunction
 from spectral_adapters.functional import low_rank_factors
 from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer
 from spectral_adapters.peft._config import RANDOM_STD
@@ -48,10 +49,20 @@ class SpectralAdapterALayer(ColumnLayer):
 
     def _low_rank(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         basis = self._basis(adapter, device)
-        options: dict[str, Any] = {"device": device, "dtype": basis.left.dtype}
-        left = self.spectral_adapter_a_left[adapter].to(**options)
-        right = self.spectral_adapter_a_right[adapter].to(**options)
-        return low_rank_factors(basis, shifts=(left, right))
+        return low_rank_factors(basis, shifts=self._shifts(adapter, basis.left))
+
+    def _linear_change(
+        self, adapter: str, device: torch.device
+    ) -> tuple[type[torch.autograd.Function], tuple[Tensor, ...]]:
+        left, singular_values, right = self._basis(adapter, device)
+        assert singular_values is not None
+        shifts = self._shifts(adapter, left)
+        return SpectralALinearFunction, (left, singular_values, right, *shifts)
+
+    def _shifts(self, adapter: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A_U [out, r] and A_V [in, r] on the device and in the dtype of ``like``."""
+        left = self.spectral_adapter_a_left[adapter].to(like)
+        return left, self.spectral_adapter_a_right[adapter].to(like)
 
 
 class Linear(SpectralLinear, SpectralAdapterALayer):

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from spectral_adapters.autograd import SpectralRLinearFunction
 from spectral_adapters.functional import low_rank_factors
 from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer
 from spectral_adapters.peft._config import RANDOM_STD
@@ -54,9 +55,23 @@ class SpectralAdapterRLayer(ColumnLayer, RotatedLayer):
 
     def _low_rank(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         basis = self._basis(adapter, device)
-        turned, _ = self._rotations(self._slot(adapter))
-        left, right = [turn.to(device, basis.left.dtype) for turn in turned]
+        left, right = self._turns(adapter, device, basis.left.dtype)
         return low_rank_factors(basis, rotations=(left, right))
+
+    def _linear_change(
+        self, adapter: str, device: torch.device
+    ) -> tuple[type[torch.autograd.Function], tuple[Tensor, ...]]:
+        left, singular_values, right = self._basis(adapter, device)
+        assert singular_values is not None
+        turns = self._turns(adapter, device, left.dtype)
+        return SpectralRLinearFunction, (left, singular_values, right, *turns)
+
+    def _turns(
+        self, adapter: str, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """R_U and R_V, orthogonal [r, r]."""
+        (left, right), _ = self._rotations(self._slot(adapter))
+        return left.to(device, dtype), right.to(device, dtype)
 
     def rotation_slots(self) -> list[RotationSlot]:
         """The rotations of the active adapters."""

@@ -11,7 +11,6 @@ from spectral_kernels._overrides import STATUS
 from spectral_kernels.ops import OPS
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-# Ops whose kernels for CUDA are Triton's.
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,9 @@ def _row(name: str, device: str) -> OpBackend:
     qualified = OPS[name].qualified_name
     if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEYS[device]):
         if device == "cuda" and _is_triton(name):
-            from spectral_kernels.triton_kernels import LIMITS, LOW_RANK_LIMITS, STIEFEL_LIMITS
+            from spectral_kernels.triton_kernels import OVERRIDDEN
 
-            limits = LOW_RANK_LIMITS
-            if name.startswith(("kron", "stiefel")):
-                limits = STIEFEL_LIMITS if name.startswith("stiefel") else LIMITS
-            return OpBackend(name, device, "triton", f"registered; {limits}")
+            return OpBackend(name, device, "triton", f"registered; {OVERRIDDEN[name]}")
         implementation = "c++" if device == "cpu" else "cuda"
         return OpBackend(name, device, implementation, "compiled into spectral_kernels._C")
     return OpBackend(name, device, "reference", _why_reference(name, device))

@@ -18,9 +18,17 @@ LIMITS = (
     "run on the reference"
 )
 LOW_RANK_LIMITS = f"between cuBLAS's GEMMs; float64 and ranks above {MAX_RANK} run on the reference"
-OVERRIDDEN = ("kron_rotate", "kron_gram", "stiefel_sgd_", "stiefel_adam_", *LOW_RANK_OPS)
 
 STIEFEL_LIMITS = f"float64 and matrices above {MAX_AXIS} run on the reference"
+
+#: The ops with Triton kernels, and what these leave to the reference.
+OVERRIDDEN = {
+    "kron_rotate": LIMITS,
+    "kron_gram": LIMITS,
+    "stiefel_sgd_": STIEFEL_LIMITS,
+    "stiefel_adam_": STIEFEL_LIMITS,
+    **dict.fromkeys(LOW_RANK_OPS, LOW_RANK_LIMITS),
+}
 
 __all__ = ["LIMITS", "LOW_RANK_LIMITS", "OVERRIDDEN", "STIEFEL_LIMITS", "register", "supports"]
 

@@ -153,7 +153,8 @@ class LowRankLaunch(Launch):
     columns: int
 
     def constants(self) -> dict[str, Any]:
-        step = min(LOW_RANK_STEP, _power_of_two(self.r))
+        # At least two turns of the loop: of a single one all loads would be in flight, and spill.
+        step = min(LOW_RANK_STEP, max(1, _power_of_two(self.r) // 2))
         return {"R": self.r, "ROWS": self.rows, "COLUMNS": self.columns, "STEP": step}
 
 

@@ -65,6 +65,8 @@ VARIANTS = [
     ("low_rank_add", (8,), BF16, False, False),
     ("low_rank_add", (8,), BF16, False, True),
     ("low_rank_add", (8,), F32, False, False),
+    ("low_rank_add", (3,), F16, False, True),
+    ("low_rank_add", (4,), BF16, False, True),
     ("low_rank_add", (50,), F32, False, True),
     ("low_rank_add", (64,), F16, False, True),
     ("turn_thin", (8,), BF16, False, False),

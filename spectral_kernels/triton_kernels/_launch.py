@@ -50,8 +50,8 @@ MAX_CHUNK_TOKENS = 64
 # A pass that adds a change of this rank still waits for memory, not for its arithmetic.
 MAX_RANK = 64
 
-# Columns of the change whose loads are in flight together.
-LOW_RANK_STEP = 4
+# Columns of the change whose loads may be in flight together, best first.
+LOW_RANK_STEPS = (4, 2, 1)
 
 LOW_RANK_OPS = tuple(
     f"{stem}_{direction}"
@@ -153,7 +153,10 @@ class LowRankLaunch(Launch):
     columns: int
 
     def constants(self) -> dict[str, Any]:
-        step = min(LOW_RANK_STEP, _power_of_two(self.r))
+        # A divisor of r, so that no column needs a mask, and at least two turns of the loop: with
+        # masks, and with all loads of a single turn in flight, the registers do not suffice.
+        fits = (n for n in LOW_RANK_STEPS if self.r % n == 0 and n < self.r)
+        step = next(fits, 1)
         return {"R": self.r, "ROWS": self.rows, "COLUMNS": self.columns, "STEP": step}
 
 

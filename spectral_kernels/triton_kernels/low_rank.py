@@ -60,7 +60,8 @@ def _low_rank_add_kernel(
 
     ``t`` is ``thin`` [m, R]. With a scale [R], thin is ``[w, a]`` [m, 2 R], ``t = a * scale`` and
     ``u = (w + a) * scale``, which also go to ``mixed``. A sum of outer products, not ``tl.dot``:
-    nothing is padded to 16 columns, and the sums have the layout of the tile in memory.
+    nothing is padded to 16 columns, and the sums have the layout of the tile in memory. STEP
+    divides R, so the columns need no mask.
     """
     blocks = tl.cdiv(n, COLUMNS)
     pid = tl.program_id(0).to(tl.int64)
@@ -91,27 +92,25 @@ def _low_rank_add_kernel(
     for first in range(0, R, STEP):
         for j in tl.static_range(STEP):
             q = first + j
-            is_column = tl.full([1], q, tl.int32) < R
-            row_mask = row_live & is_column
-            mask = output_live & is_column
-            up = tl.load(up_ptr + outputs * up_stride_n + q * up_stride_q, mask=mask, other=0.0)
+            up = tl.load(
+                up_ptr + outputs * up_stride_n + q * up_stride_q, mask=output_live, other=0.0
+            )
             if scale_ptr is None:
-                t = tl.load(thin_ptr + rows * R + q, mask=row_mask, other=0.0).to(tl.float32)
+                t = tl.load(thin_ptr + rows * R + q, mask=row_live, other=0.0).to(tl.float32)
             else:
                 thin = thin_ptr + rows * (2 * R) + q
-                # Beyond R any scale will do, for what it scales is zero.
-                scale = tl.load(scale_ptr + q % R)
-                whole = tl.load(thin, mask=row_mask, other=0.0).to(tl.float32)
-                alone = tl.load(thin + R, mask=row_mask, other=0.0).to(tl.float32)
+                scale = tl.load(scale_ptr + q)
+                whole = tl.load(thin, mask=row_live, other=0.0).to(tl.float32)
+                alone = tl.load(thin + R, mask=row_live, other=0.0).to(tl.float32)
                 t = alone * scale
                 u = (whole + alone) * scale
                 shift = shift_ptr + outputs * shift_stride_n + q * shift_stride_q
-                shifted = tl.load(shift, mask=mask, other=0.0).to(tl.float32)
+                shifted = tl.load(shift, mask=output_live, other=0.0).to(tl.float32)
                 acc += u[:, None] * shifted[None, :]
                 if pid % blocks == 0:
                     mixed = mixed_ptr + rows * (2 * R) + q
-                    tl.store(mixed, t.to(mixed_ptr.dtype.element_ty), mask=row_mask)
-                    tl.store(mixed + R, u.to(mixed_ptr.dtype.element_ty), mask=row_mask)
+                    tl.store(mixed, t.to(mixed_ptr.dtype.element_ty), mask=row_live)
+                    tl.store(mixed + R, u.to(mixed_ptr.dtype.element_ty), mask=row_live)
             acc += t[:, None] * up.to(tl.float32)[None, :]
     if base_ptr is not None:
         acc += base.to(tl.float32)

@@ -107,7 +107,11 @@ void run(std::vector<Task>& tasks, bool backward) {
     const std::int64_t threads = std::clamp<std::int64_t>(
         std::min<std::int64_t>(cost / kCostPerThread, static_cast<std::int64_t>(groups.size())), 1,
         at::get_num_threads());
-    const std::size_t bytes = kernels.workspace_bytes(tasks.front().n);
+    // Not the largest matrix's: sixteen small ones at a time take more than one of middle size.
+    std::size_t bytes = 0;
+    for (const Group& group : groups) {
+        bytes = std::max(bytes, kernels.workspace_bytes(tasks[group.begin].n));
+    }
     std::atomic<std::size_t> next{0};
     // Which thread takes a group does not change its result, so taking them as they come is safe.
     at::parallel_for(0, threads, 1, [&](std::int64_t, std::int64_t) {

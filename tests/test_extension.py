@@ -1,6 +1,7 @@
 """The compiled ops: the CPU kernels at every SIMD level, the CUDA Cayley algorithm on the host."""
 
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -547,3 +548,26 @@ def test_cuda_rotations_are_orthogonal_to_rounding(cuda_on_host, norm):
         assert orthogonality_error(rotation) <= 2e-7
         (expected,) = cayley_fwd_reference([packed.double()], [n])
         assert float((rotation.double() - expected).abs().amax()) <= 1e-7
+
+
+def test_small_matrices_beside_larger_ones_stay_in_their_workspace():
+    """A model's sizes come in one call. What is written past a workspace shows when it is freed."""
+    code = """
+import torch
+import spectral_kernels
+ops = torch.ops.spectral
+for small in (3, 8, 12, 20, 24):
+    for large in (25, 32, 40):
+        sizes = [large, *[small] * 40]
+        packed = [torch.randn(n * (n - 1) // 2) for n in sizes]
+        for dtype in (torch.float32, torch.float64):
+            for _ in range(5):
+                rotations = ops.cayley_fwd([p.to(dtype) for p in packed], sizes)
+                ops.cayley_bwd(rotations, rotations)
+"""
+    for threads in ("1", "2"):
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MALLOC_PERTURB_": "165"}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr

@@ -83,6 +83,11 @@ class _Entry:
         #: Since the root's last forward began: asked for, and asked for with a gradient.
         self.was_seen = self.was_used = False
         self.traced: tuple[Tensor, ...] = ()
+        self.versions: list[int] = []
+
+    def current_versions(self) -> list[int]:
+        """What autograd knows of changes of the slot's parameters."""
+        return [parameter._version for parameter in self.slot.rotation + self.slot.others]
 
 
 class RotationBank:
@@ -217,6 +222,9 @@ class RotationBank:
             return None
         if self._copies is None or (recomputing and not entry.values):
             return None
+        if not recomputing and entry.versions != entry.current_versions():
+            # A forward that was interrupted never ended, and parameters were changed since.
+            return None
         if not self._is_computed:
             self._compute()
         entry.was_seen = True
@@ -337,10 +345,11 @@ class RotationBank:
                 and _are_equal(copies, self._copies)
             ):
                 return
-            self._copies, self._hints, self._was_capturing = copies, hints, is_capturing
             self._refuse_pending()
+            self._copies, self._hints, self._was_capturing = copies, hints, is_capturing
             self._is_computed = False
             for entry in self._entries.values():
+                entry.versions = entry.current_versions()
                 entry.values = entry.graph = ()
                 entry.folded.rotated = entry.folded.weight = None
 

@@ -485,6 +485,9 @@ EXPLAINED = {
     "test_only_params_are_updated": "A of LiDB has no gradient before B, which starts at zero, has "
     "moved: three steps of SGD at 0.5 change it by less than the 1e-4 that the test looks for. "
     "PEFT raises the learning rate here for methods of its own.",
+    "test_mixed_adapter_batches_different_target_layers": "It compares log-probabilities near zero "
+    "to a relative 1e-5, on random weights. Of 150 draws of such weights PEFT's own LoRA fails it "
+    "on 4, SODA, A and R on 5 each.",
 }
 TITLES = {
     "failed": "Failures",

@@ -457,7 +457,7 @@ def _soda_product(
     rotation: str | None,
     on_tokens: bool,
 ) -> Tensor:
-    """The factored and tokens plans; x and bias already in the working dtype."""
+    """The factored and tokens plans but of svd left; x and bias already in the working dtype."""
     left, right = basis.left, basis.right.to(x.dtype)
     if rotation == "right":
         assert factors is not None
@@ -465,8 +465,7 @@ def _soda_product(
     else:
         z = linear(x, right)
     if decomposition == "svd":
-        turned = factors if rotation == "left" else None
-        return spectral_output(z, basis, spectrum, turned, bias, on_tokens=on_tokens)
+        return spectral_output(z, basis, spectrum, None, bias, on_tokens=on_tokens)
     if rotation == "left":
         assert factors is not None
         t = z + x[..., : z.shape[-1]] * spectrum.to(x.dtype)

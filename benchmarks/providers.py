@@ -126,7 +126,7 @@ class SODAProblem:
         shape, options = (case.tokens, case.n), (case.device, DTYPES[case.dtype])
         self.x = torch.randn(shape, generator=generator).to(*options).requires_grad_()
         self.grad = torch.randn(shape, generator=generator).to(*options)
-        self.layer = _soda_layer(case.n, case.device)
+        self.layer = _soda_layer(case.n, *options)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -135,7 +135,8 @@ class SODAProblem:
     @property
     def weight(self) -> Tensor:
         """The base weight [n, n]."""
-        return (self.layer.left * self.layer.singular_values) @ self.layer.right
+        spectrum = self.layer.singular_values
+        return (self.layer.left * spectrum) @ self.layer.right.to(spectrum.dtype)
 
     @property
     def basis(self) -> list[Tensor]:
@@ -165,11 +166,12 @@ class SODAProblem:
 
 
 @lru_cache(maxsize=1)
-def _soda_layer(n: int, device: str) -> SODALinear:
+def _soda_layer(n: int, device: str, dtype: torch.dtype) -> SODALinear:
     """The layer of all batch sizes: its decomposition takes longer than its timing."""
     torch.manual_seed(n)
     # Decomposed where it is used: on a GPU in a fraction of the time.
-    layer = SODALinear.from_linear(nn.Linear(n, n, bias=False).to(device))
+    base = nn.Linear(n, n, bias=False).to(device, dtype)
+    layer = SODALinear.from_linear(base, basis_dtype="base")
     assert layer.factor_sizes == balanced_factors(n)
     with torch.no_grad():
         layer.delta.normal_(0, 0.1)

@@ -32,8 +32,9 @@ std::tuple<at::Tensor, at::Tensor> rotated_linear_fwd(
         shape.back() = matrix.size(0);
         return {y.view(shape), at::empty({0}, x.options())};
     }
+    const at::Tensor wide = matrix.to(at::promote_types(matrix.scalar_type(), type));
     const at::Tensor rotated =
-        kron_rotate(matrix, factors, transpose, std::nullopt, std::nullopt).to(type);
+        kron_rotate(wide, factors, transpose, std::nullopt, std::nullopt).to(type);
     if (!subtract.has_value()) {
         const at::Tensor t = scale.has_value() ? x * scale->to(type) : x;
         return {at::linear(t, rotated, bias), rotated};

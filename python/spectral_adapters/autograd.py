@@ -64,6 +64,11 @@ def _product(op: Callable[..., Any], reference: Callable[..., Any]) -> Callable[
     return reference if torch.compiler.is_compiling() else partial(raw, op)
 
 
+def at_least(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in the smallest type that holds its numbers and those of ``dtype``."""
+    return tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+
 class CayleyFunction(torch.autograd.Function):
     """Packed skew parameters of a whole model to rotations, as one node of the graph.
 
@@ -305,6 +310,7 @@ def _rotated_for_backward(
     """``M Q`` [rows, k], where that is less work than to rotate ``dy M``; else None."""
     if grad.numel() <= matrix.shape[0] * grad.shape[-1]:
         return None
+    matrix = at_least(matrix, grad.dtype)
     return raw(_ops.kron_rotate, matrix, list(factors), transpose, None, None).to(grad.dtype)
 
 
@@ -413,7 +419,7 @@ class KeptGradient:
     def pass_on(self, grad: Tensor) -> Tensor | None:
         """The sum so far and ``grad``, or None if that has to wait."""
         total = grad if self.sum is None else self.sum.add_(grad)
-        self.sum = total if self._deferral.is_on else None
+        self.sum = at_least(total, torch.float32) if self._deferral.is_on else None
         return None if self._deferral.is_on else total
 
 
@@ -450,8 +456,8 @@ class MergedLinearFunction(torch.autograd.Function):
             return linear(x, weight, bias), None, None
         made = None
         if rotated is None:
-            rotated = made = raw(_ops.kron_rotate, left, list(factors), False, None, None)
-        dense = _merged_weight(rotated, scale, left, singular_values, right, base).to(x.dtype)
+            rotated = made = _rotated_basis(left, factors)
+        dense = _merged_weight(rotated, scale, left, singular_values, right, base, x.dtype)
         return linear(x, dense, bias), dense, made
 
     @staticmethod
@@ -490,20 +496,19 @@ class MergedLinearFunction(torch.autograd.Function):
             results[5] = grad_weight.to(base.dtype)
         if needs_sums:
             assert grad_weight is not None
-            grad_weight = grad_weight.to(right.dtype)
             if ctx.gradient is not None:
                 grad_weight = ctx.gradient.pass_on(grad_weight)
         if rotated is None:
-            rotated = raw(_ops.kron_rotate, left, factors, False, None, None)
+            rotated = _rotated_basis(left, factors)
         if weight is None and needs_x:
-            dense = _merged_weight(rotated, scale, left, singular_values, right, base)
-            weight = dense.to(grad.dtype)
+            weight = _merged_weight(rotated, scale, left, singular_values, right, base, grad.dtype)
         if needs_x:
             results[0] = (flat_grad @ weight).view(x.shape)
         if not needs_sums or grad_weight is None:
             return tuple(results)
         dims = [factor.shape[0] for factor in factors]
-        turned_grad = grad_weight @ right.mT
+        turned_grad = grad_weight.to(x.dtype) @ right.to(x.dtype).mT
+        turned_grad = turned_grad.to(rotated.dtype)
         *grams, column_sums = raw(_ops.kron_gram, rotated, turned_grad, dims, scale)
         if needs_scale:
             results[1] = column_sums.to(scale.dtype)
@@ -520,37 +525,55 @@ def _merged_weight(
     singular_values: Tensor,
     right: Tensor,
     base: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """W' [out, in] from U R [out, k]; with a base W0, exactly that where nothing was trained."""
+    """W' [out, in] from U R [out, k]; with a base W0, exactly that where nothing was trained.
+
+    The product with V^T is one in ``dtype``, that of the layer's own products; what is in front of
+    it is taken in fp32 or better, where a small change is not lost.
+    """
     folded = rotated * scale
+    right = right.to(dtype)
     if base is None:
-        return folded @ right
+        return folded.to(dtype) @ right
     # Two rounded products: fused into one operation, equal ones would not cancel.
-    return base + folded.sub_(left * singular_values) @ right
+    change = folded.sub_(left * singular_values).to(dtype) @ right
+    return (base + change).to(dtype)
+
+
+def _rotated_basis(left: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """U R [out, k] in fp32 or better, whatever U is kept in."""
+    left = at_least(left, torch.float32)
+    return raw(_ops.kron_rotate, left, list(factors), False, None, None)
 
 
 class RotatedWeightFunction(torch.autograd.Function):
-    """The dense ``W = (M R * s - N) B``: M [out, k], N [out, k] or None and B [k, in] frozen, s
-    [k].
+    """The dense ``W = (M R * s - M * S) B``: M [out, k], S [k] or None and B [k, in] frozen, s [k].
 
-    With ``H = dW B^T``: ``ds = sum M R * H`` over the rows and ``R_i^T dR_i = gram_i(M R, H *
-    s)``. Saves ``M R``, nothing of the size of W.
+    Without factors R is the identity. In the dtype of s, whatever M and B are kept in. With
+    ``H = dW B^T``: ``ds = sum M R * H`` over the rows and ``R_i^T dR_i = gram_i(M R, H * s)``.
+    Saves ``M R``, nothing of the size of W.
     """
 
     @staticmethod
     def forward(
         scale: Tensor, matrix: Tensor, subtract: Tensor | None, right: Tensor, *factors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rotated = raw(_ops.kron_rotate, matrix, list(factors), False, None, None)
+    ) -> tuple[Tensor, Tensor | None]:
+        right = at_least(right, scale.dtype)
+        if not factors:
+            return (matrix * (scale if subtract is None else scale - subtract)) @ right, None
+        rotated = _rotated_basis(matrix, factors)
         folded = rotated * scale
-        return (folded if subtract is None else folded - subtract) @ right, rotated
+        return (folded if subtract is None else folded - matrix * subtract) @ right, rotated
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        scale, _, _, right, *factors = inputs
-        ctx.mark_non_differentiable(output[1])
+        scale, matrix, _, right, *factors = inputs
+        rotated = output[1] if factors else matrix
+        if factors:
+            ctx.mark_non_differentiable(rotated)
         ctx.set_materialize_grads(False)  # else a matrix of zeros is made for `rotated`
-        ctx.save_for_backward(scale, right, output[1], *factors)
+        ctx.save_for_backward(scale, right, rotated, *factors)
 
     @staticmethod
     @once_differentiable
@@ -559,8 +582,11 @@ class RotatedWeightFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         scale, right, rotated, *factors = ctx.saved_tensors
         needs_scale, _, _, _, *needs_factors = ctx.needs_input_grad
+        turned_grad = grad @ at_least(right, grad.dtype).mT
+        if not factors:
+            return turned_grad.mul_(rotated).sum(0).to(scale.dtype), None, None, None
         dims = [factor.shape[0] for factor in factors]
-        *grams, column_sums = raw(_ops.kron_gram, rotated, grad @ right.mT, dims, scale)
+        *grams, column_sums = raw(_ops.kron_gram, rotated, turned_grad, dims, scale)
         return (
             column_sums.to(scale.dtype) if needs_scale else None,
             None,

@@ -31,6 +31,10 @@ _SIGN_TIE = 1e-4
 #: the same relative error of the change it makes.
 BASIS_TOLERANCE = 1e-3
 
+#: Precision of the frozen basis: at least fp32, or that of the base weight (half the memory on a
+#: half-precision base, for a rounding of the basis like the one that the base weight has seen).
+BASIS_DTYPES = ("float32", "base")
+
 #: Which singular triples: the named ones are counted from that end of the spectrum.
 COLUMNS = ("top", "bottom")
 ALGORITHMS = ("randomized", "full")
@@ -76,6 +80,21 @@ def decompose(weight: Tensor, decomposition: str, rotation: str | None) -> Spect
         None if singular_values is None else singular_values.to(dtype),
         right.to(dtype).contiguous(),
     )
+
+
+def in_basis_dtype(
+    basis: SpectralBasis, base_dtype: torch.dtype, basis_dtype: str
+) -> SpectralBasis:
+    """A basis as it is kept: its matrices rounded to the base weight's dtype for "base".
+
+    Singular values keep their precision. Products that must not lose a small change, such as
+    ``U R - U``, are taken in fp32 whatever U is kept in.
+    """
+    check_choice("basis_dtype", basis_dtype, BASIS_DTYPES)
+    if basis_dtype == "float32":
+        return basis
+    left, singular_values, right = basis
+    return SpectralBasis(left.to(base_dtype), singular_values, right.to(base_dtype))
 
 
 def select_columns(
@@ -198,18 +217,26 @@ class Factorisation(Protocol):
 
 @dataclass(frozen=True)
 class WholeFactorisation:
-    """All of the weight: :func:`decompose`."""
+    """All of the weight: :func:`decompose`.
+
+    Attributes:
+        kind: "svd", "qr" or "lq".
+        basis_dtype: one of :data:`BASIS_DTYPES`.
+    """
 
     kind: str
+    basis_dtype: str = "float32"
 
     of_weight = True
 
     @classmethod
-    def of(cls, decomposition: str, rotation: str | None) -> WholeFactorisation:
+    def of(
+        cls, decomposition: str, rotation: str | None, basis_dtype: str = "float32"
+    ) -> WholeFactorisation:
         """Rotations do not matter for an SVD; "qr" is LQ for a right one."""
         if decomposition == "svd":
-            return cls("svd")
-        return cls("lq" if rotation == "right" else "qr")
+            return cls("svd", basis_dtype)
+        return cls("lq" if rotation == "right" else "qr", basis_dtype)
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         rank = min(rows, columns)
@@ -218,8 +245,10 @@ class WholeFactorisation:
 
     def __call__(self, weight: Tensor) -> SpectralBasis:
         if self.kind == "svd":
-            return decompose(weight, "svd", None)
-        return decompose(weight, "qr", "right" if self.kind == "lq" else "left")
+            basis = decompose(weight, "svd", None)
+        else:
+            basis = decompose(weight, "qr", "right" if self.kind == "lq" else "left")
+        return in_basis_dtype(basis, weight.dtype, self.basis_dtype)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from spectral_adapters.autograd import (
     SpectralALinearFunction,
     SpectralRLinearFunction,
     apply,
+    at_least,
 )
 from spectral_adapters.planner import PLANS, choose_plan, rates_for, remembered_plan
 from spectral_kernels.ops.cayley import packed_length
@@ -311,7 +312,7 @@ def soda_linear(
     check_tensor("x", x)
     check_last_dimension("x", x, basis.right.shape[1], "the layer's in_features")
 
-    out_dtype, work_dtype = product_dtypes(x, basis.left)
+    out_dtype, work_dtype = basis_dtypes(x, basis)
     out_features, in_features = basis.left.shape[0], basis.right.shape[1]
     sizes = None if factors is None else tuple(factor.shape[0] for factor in factors)
     fixed_spectrum = folded is not None and not (torch.is_grad_enabled() and spectrum.requires_grad)
@@ -516,15 +517,16 @@ def soda_weight(
         )
         return base_weight + delta
     left, right = basis.left, basis.right
+    if decomposition == "svd" and rotation != "right":
+        return _svd_weight(basis, spectrum, factors or (), None)
     if rotation == "left":
         assert factors is not None
-        if decomposition == "svd":
-            return _rotated_weight(basis, spectrum, factors, None)
         return rotated_linear((right + _diagonal(spectrum, right)).mT, left, factors).mT
     if decomposition == "svd":
-        weight = (left * spectrum) @ right
+        weight = _svd_weight(basis, spectrum, (), None)
     else:
-        weight = left @ right + _top_rows(spectrum[:, None] * right, left.shape[0])
+        wide = at_least(left, spectrum.dtype) @ at_least(right, spectrum.dtype)
+        weight = wide + _top_rows(spectrum[:, None] * right, left.shape[0])
     if rotation == "right":
         assert factors is not None
         weight = kron_rotate(weight, factors, transpose=True, orthogonal=True)
@@ -550,8 +552,7 @@ def soda_delta_weight(
     if rotation == "left":
         assert factors is not None
         if decomposition == "svd":
-            assert singular_values is not None
-            return _rotated_weight(basis, spectrum, factors, left * singular_values)
+            return _svd_weight(basis, spectrum, factors, singular_values)
         turned = rotated_linear(
             # A view: Dynamo takes no tensor twice among the inputs of one Function.
             (right + _diagonal(spectrum, right)).mT,
@@ -564,7 +565,10 @@ def soda_delta_weight(
     if rotation is None:
         return change
     assert factors is not None
-    base = (left if singular_values is None else left * singular_values) @ right
+    base = at_least(left, spectrum.dtype)
+    if singular_values is not None:
+        base = base * singular_values
+    base = base @ at_least(right, spectrum.dtype)
     return kron_rotate(base + change, factors, transpose=True, orthogonal=True) - base
 
 
@@ -572,8 +576,7 @@ def _spectral_change(basis: SpectralBasis, spectrum: Tensor, decomposition: str)
     """What the spectrum alone adds to the weight, [out, in]: no product of matrices for "qr"."""
     left, singular_values, right = basis
     if decomposition == "svd":
-        assert singular_values is not None
-        return (left * (spectrum - singular_values)) @ right
+        return _svd_weight(basis, spectrum, (), singular_values)
     return _top_rows(spectrum[:, None] * right, left.shape[0])
 
 
@@ -591,10 +594,11 @@ def _spectrum_only_weight(
     return folded.weight
 
 
-def _rotated_weight(
+def _svd_weight(
     basis: SpectralBasis, spectrum: Tensor, factors: Sequence[Tensor], subtract: Tensor | None
 ) -> Tensor:
-    """``(U R diag(s) - N) V^T`` [out, in] for a frozen N [out, k] or None."""
+    """``(U R diag(s) - U diag(S)) V^T`` [out, in], without factors R = I, without S the first part
+    alone."""
     weight, _ = apply(RotatedWeightFunction, spectrum, basis.left, subtract, basis.right, *factors)
     return weight
 
@@ -832,6 +836,18 @@ def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]
     if x.device.type == "cpu":
         return result, torch.promote_types(result, weight.dtype)
     return result, result
+
+
+def basis_dtypes(x: Tensor, basis: SpectralBasis) -> tuple[torch.dtype, torch.dtype]:
+    """:func:`product_dtypes` of activations x and a frozen basis.
+
+    A half-precision basis is a way to keep it, not a wish for half-precision products: what the CPU
+    does in at least fp32 it does so with any basis.
+    """
+    result, work = product_dtypes(x, basis.left)
+    if x.device.type == "cpu":
+        work = torch.promote_types(work, torch.float32)
+    return result, work
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

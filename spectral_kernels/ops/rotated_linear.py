@@ -35,7 +35,8 @@ def rotated_linear_fwd_reference(
     if on_tokens:
         t = _ops.kron_rotate(x.reshape(-1, x.shape[-1]), factors, not transpose, scale, None)
         return linear(t.view(x.shape), matrix.to(x.dtype), bias), x.new_empty(0)
-    rotated = _ops.kron_rotate(matrix, factors, transpose, None, None).to(x.dtype)
+    wide = matrix.to(torch.promote_types(matrix.dtype, x.dtype))
+    rotated = _ops.kron_rotate(wide, factors, transpose, None, None).to(x.dtype)
     if subtract is None:
         return linear(x if scale is None else x * scale.to(x.dtype), rotated, bias), rotated
     # Folding s and N into the basis keeps the difference exact: zero is zero.

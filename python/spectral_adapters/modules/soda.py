@@ -10,15 +10,15 @@ from torch.nn.functional import conv2d, pad, unfold
 
 from spectral_adapters._validation import check_choice, check_last_dimension, check_tensor
 from spectral_adapters.activations import SPECTRUM_ACTIVATIONS, spectrum_activation
-from spectral_adapters.decomposition import decompose, round_to_dtype
+from spectral_adapters.decomposition import BASIS_DTYPES, WholeFactorisation, round_to_dtype
 from spectral_adapters.factors import resolve_factors
 from spectral_adapters.functional import (
     DECOMPOSITIONS,
     ROTATIONS,
     FoldedBasis,
     SpectralBasis,
+    basis_dtypes,
     check_recompute,
-    product_dtypes,
     soda_delta_weight,
     soda_linear,
     soda_weight,
@@ -28,6 +28,7 @@ from spectral_adapters.functional import (
 from spectral_adapters.modules._base import SpectralModule
 from spectral_adapters.planner import PLANS, PlanChoice, choose_plan, rates_for
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
+from spectral_kernels.ops.kron import accumulation_dtype
 
 PARAMETRIZATIONS = ("cayley", "stiefel")
 
@@ -58,6 +59,7 @@ class SODAModule(SpectralModule, RotatedLayer):
         plan: str = "auto",
         save_factors: bool = True,
         base_dtype: torch.dtype | None = None,
+        basis_dtype: str = "float32",
         recompute: bool = False,
     ) -> None:
         super().__init__(save_factors=save_factors)
@@ -67,9 +69,11 @@ class SODAModule(SpectralModule, RotatedLayer):
         check_choice("spectrum_activation", spectrum_activation, SPECTRUM_ACTIVATIONS)
         check_choice("plan", plan, ("auto", *PLANS))
         check_recompute(recompute, decomposition, rotation)
+        check_choice("basis_dtype", basis_dtype, BASIS_DTYPES)
         weight = round_to_dtype(weight, base_dtype)
         matrix = weight.detach().reshape(weight.shape[0], -1)
-        basis = decompose(matrix, decomposition, rotation)
+        factorisation = WholeFactorisation.of(decomposition, rotation, basis_dtype)
+        basis = factorisation(matrix)
         rank = basis.right.shape[0]
 
         self.decomposition = decomposition
@@ -92,8 +96,9 @@ class SODAModule(SpectralModule, RotatedLayer):
             self.factor_sizes = resolve_factors(factors, width, meaning)
 
         self._set_basis(matrix, basis)
-        rates_for(basis.left.device, basis.left.dtype)  # read before anything is traced
-        options: dict[str, Any] = {"dtype": basis.left.dtype, "device": weight.device}
+        dtype = accumulation_dtype(basis.left.dtype)
+        rates_for(basis.left.device, dtype)  # read before anything is traced
+        options: dict[str, Any] = {"dtype": dtype, "device": weight.device}
         self.delta = nn.Parameter(torch.zeros(rank, **options))
         self.rotation = nn.ParameterList(
             torch.eye(n, **options)
@@ -141,7 +146,7 @@ class SODAModule(SpectralModule, RotatedLayer):
             self.right.shape[1],
             self.factor_sizes or None,
             plan=self.plan,
-            rates=rates_for(self.left.device, self.left.dtype),
+            rates=rates_for(self.left.device, accumulation_dtype(self.left.dtype)),
             **self._method(),
         )
 
@@ -180,7 +185,7 @@ class SODAModule(SpectralModule, RotatedLayer):
         if self.singular_values is not None:
             return self.singular_values
         triangular = self.right if self.rotation_side != "right" else self.left
-        return triangular.diagonal()
+        return triangular.diagonal().to(self.delta.dtype)
 
 
 class SODALinear(SODAModule):
@@ -203,6 +208,9 @@ class SODALinear(SODAModule):
         save_factors: whether ``state_dict`` holds the frozen basis (see :class:`SpectralModule`).
         base_dtype: round the base weight to this dtype first: for loading an adapter that was
             trained on a half-precision base onto a wider copy of it.
+        basis_dtype: "float32" (or better), or "base" to keep the frozen basis in the base weight's
+            dtype, which on a half-precision base is half the memory. The basis is all that is left
+            of the base weight here, which then comes back up to rounding only.
         recompute: svd left only: keep x for the backward instead of ``x V`` and of anything of the
             weight's size; one more product, less memory where layers share their input.
 
@@ -240,6 +248,7 @@ class SODALinear(SODAModule):
         plan: str = "auto",
         save_factors: bool = True,
         base_dtype: torch.dtype | None = None,
+        basis_dtype: str = "float32",
         recompute: bool = False,
     ) -> SODALinear:
         """A SODA layer that computes what ``linear`` computes; ``linear`` is left as it is."""
@@ -258,6 +267,7 @@ class SODALinear(SODAModule):
             plan=plan,
             save_factors=save_factors,
             base_dtype=base_dtype,
+            basis_dtype=basis_dtype,
             recompute=recompute,
         )
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -349,6 +359,7 @@ class SODAConv2d(SODAModule):
         plan: str = "auto",
         save_factors: bool = True,
         base_dtype: torch.dtype | None = None,
+        basis_dtype: str = "float32",
     ) -> SODAConv2d:
         """A SODA layer that computes what ``conv`` computes; ``conv`` is left as it is."""
         if not isinstance(conv, nn.Conv2d):
@@ -366,6 +377,7 @@ class SODAConv2d(SODAModule):
             plan=plan,
             save_factors=save_factors,
             base_dtype=base_dtype,
+            basis_dtype=basis_dtype,
         )
         layer._copy_geometry(conv)
         layer.train(conv.training)
@@ -394,7 +406,7 @@ class SODAConv2d(SODAModule):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         x = pad(x, self._edges, mode=mode) if any(self._edges) else x
         basis, term, factors, _ = self._terms()
-        result, work = product_dtypes(x, basis.left)
+        result, work = basis_dtypes(x, basis)
         with without_autocast(x.device):
             y = self._convolve(x.to(work), basis, term, factors)
         return y.to(result)

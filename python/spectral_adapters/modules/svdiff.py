@@ -17,7 +17,7 @@ class SVDiffLinear(SODALinear):
     Args (also of :meth:`from_linear`):
         spectrum_activation: "relu" (as published), "identity" or "softplus".
         plan: "auto", "factored", "merged" or "tokens"; equal values at different cost.
-        save_factors, base_dtype: as for :class:`SODALinear`.
+        save_factors, base_dtype, basis_dtype: as for :class:`SODALinear`.
 
     Shapes: x [..., in_features] -> [..., out_features], in the dtype of x.
 
@@ -37,6 +37,7 @@ class SVDiffLinear(SODALinear):
         plan: str = "auto",
         save_factors: bool = True,
         base_dtype: torch.dtype | None = None,
+        basis_dtype: str = "float32",
     ) -> None:
         super().__init__(
             in_features,
@@ -49,6 +50,7 @@ class SVDiffLinear(SODALinear):
             plan=plan,
             save_factors=save_factors,
             base_dtype=base_dtype,
+            basis_dtype=basis_dtype,
         )
 
     # Without the options of a rotation that it does not have, which the base class accepts.
@@ -61,6 +63,7 @@ class SVDiffLinear(SODALinear):
         plan: str = "auto",
         save_factors: bool = True,
         base_dtype: torch.dtype | None = None,
+        basis_dtype: str = "float32",
     ) -> SVDiffLinear:
         """An SVDiff layer that computes what ``linear`` computes; ``linear`` stays as it is."""
         layer = super().from_linear(
@@ -70,6 +73,7 @@ class SVDiffLinear(SODALinear):
             plan=plan,
             save_factors=save_factors,
             base_dtype=base_dtype,
+            basis_dtype=basis_dtype,
         )
         assert isinstance(layer, SVDiffLinear)
         return layer

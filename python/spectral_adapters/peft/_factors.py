@@ -71,7 +71,7 @@ class FrozenFactors(nn.Module):
         in_checkpoint: whether ``state_dict`` holds the factors.
         basis: the factorisation, or None before it was computed or loaded.
         fingerprint: of the weight that was decomposed here; None for factors from a checkpoint.
-        is_exact: the basis multiplies up to the base weight itself, not to a rounded or other one.
+        is_exact: the basis is that of the base weight itself, not of a rounded or other one.
         is_stale: the base weight was replaced since the factors were computed.
     """
 
@@ -90,6 +90,7 @@ class FrozenFactors(nn.Module):
         self.base_dtype = base_dtype
         self.in_checkpoint = in_checkpoint
         self.basis: SpectralBasis | None = None
+        self._precision = base_dtype
         self.fingerprint: Fingerprint | None = None
         self.is_exact = False
         self.is_stale = False
@@ -104,6 +105,10 @@ class FrozenFactors(nn.Module):
         """Whether the factors came from a checkpoint instead of from the base weight here."""
         return self.basis is not None and self.fingerprint is None
 
+    def replaces(self, weight: Tensor) -> bool:
+        """Whether the basis multiplies up to the base weight, up to the rounding of its dtype."""
+        return self.is_exact and is_at_least(self._precision, weight.dtype)
+
     @torch.no_grad()
     def compute(self, weight: Tensor) -> Fingerprint:
         """Decompose the base weight [out, in] unless that is done; its fingerprint."""
@@ -112,6 +117,7 @@ class FrozenFactors(nn.Module):
         with torch.inference_mode(False):
             rounded = round_to_dtype(weight, self.base_dtype)
             self.basis = self.factorisation(rounded)
+            self._precision = self.basis.left.dtype
             self.fingerprint = self._fingerprint(rounded, self.basis)
         self.is_exact = torch.equal(rounded.to(weight.dtype), weight)
         self.is_stale = False
@@ -147,7 +153,13 @@ class FrozenFactors(nn.Module):
             left = self.basis.left
             probe = keep_precision(fn)(left.new_empty(0))
             if not probe.is_meta and (probe.device, probe.dtype) != (left.device, left.dtype):
-                self.basis = _map(lambda factor: factor.to(probe.device, probe.dtype), self.basis)
+
+                def follow(factor: Tensor) -> Tensor:
+                    # Singular values may have more digits than the vectors.
+                    dtype = torch.promote_types(factor.dtype, probe.dtype)
+                    return factor.to(probe.device, dtype)
+
+                self.basis = _map(follow, self.basis)
         return self
 
     def _state(self) -> dict[str, Tensor]:
@@ -178,6 +190,7 @@ class FrozenFactors(nn.Module):
         """Use factors from a checkpoint."""
         loaded = SpectralBasis(factors["left"], factors.get("singular_values"), factors["right"])
         self.basis = _map(lambda factor: factor.detach().clone(), loaded)
+        self._precision = loaded.left.dtype
         self.fingerprint = None
         self.is_exact = self.is_stale = False
 

@@ -622,7 +622,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def _is_exact(self, adapter: str, x: Tensor) -> bool:
         self._basis(adapter, x.device)
-        return self._factors[adapter].is_exact
+        return self._factors[adapter].replaces(self._base_weight)
 
     def _base_is_ordinary(self) -> bool:
         """Whether the base layer may be replaced: nothing hooks into it or overrides it."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectral_adapters._validation import check_choice
 from spectral_adapters.activations import SPECTRUM_ACTIVATIONS, spectrum_activation
-from spectral_adapters.decomposition import WholeFactorisation
+from spectral_adapters.decomposition import BASIS_DTYPES, WholeFactorisation
 from spectral_adapters.factors import resolve_factors
 from spectral_adapters.functional import (
     DECOMPOSITIONS,
@@ -35,6 +35,7 @@ from spectral_adapters.peft._model import SpectralModel, pattern_value
 from spectral_adapters.peft._registration import register
 from spectral_adapters.planner import PLANS, rates_for
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
+from spectral_kernels.ops.kron import accumulation_dtype
 
 Sizes = tuple[int, ...]
 
@@ -59,6 +60,9 @@ class SODAConfig(SpectralConfig):
         recompute: for linear layers with ``decomposition="svd"`` and ``rotation="left"``: keep
             their input for the backward instead of its projection and of anything of the weight's
             size; one more product, less memory where layers share their input (query, key, value).
+        basis_dtype: "base" keeps U and V (or Q and T) in the base weight's dtype, "float32" in at
+            least fp32. On a half-precision base "base" is half the memory; what is trained, the
+            singular values and every difference from the base weight are in fp32 either way.
 
     Further arguments: :class:`SpectralConfig`.
     """
@@ -73,6 +77,7 @@ class SODAConfig(SpectralConfig):
     spectrum_activation: str = field(default="identity")
     plan: str = field(default="auto")
     recompute: bool = field(default=False)
+    basis_dtype: str = field(default="base")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +87,7 @@ class SODAConfig(SpectralConfig):
         check_choice("spectrum_activation", self.spectrum_activation, SPECTRUM_ACTIVATIONS)
         check_choice("plan", self.plan, ("auto", *PLANS))
         check_recompute(self.recompute, self.decomposition, self.rotation)
+        check_choice("basis_dtype", self.basis_dtype, BASIS_DTYPES)
         if isinstance(self.factors, Mapping):
             # Keys come back from JSON as strings.
             self.factors = {
@@ -190,7 +196,7 @@ class SODALayer(SpectralLayer, RotatedLayer):
         self.soda_rotation[adapter] = nn.ParameterList(nn.Parameter(values) for values in packed)
 
     def _factorisation(self, config: SODAConfig) -> WholeFactorisation:
-        return WholeFactorisation.of(config.decomposition, config.rotation)
+        return WholeFactorisation.of(config.decomposition, config.rotation, config.basis_dtype)
 
     def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
         starts = [
@@ -207,12 +213,13 @@ class SODALayer(SpectralLayer, RotatedLayer):
         """Basis, spectral term, rotation factors, and where products of theirs may be kept."""
         config = self.configs[adapter]
         basis = self._basis(adapter, device)
-        delta = self.soda_delta[adapter].to(device, basis.left.dtype)
+        delta = self.soda_delta[adapter].to(device, accumulation_dtype(basis.left.dtype))
         term = delta
         if basis.singular_values is not None:
             term = spectrum_activation(config.spectrum_activation, basis.singular_values, delta)
         elif config.spectrum_activation != "identity":
-            diagonal = (basis.left if config.rotation == "right" else basis.right).diagonal()
+            triangular = basis.left if config.rotation == "right" else basis.right
+            diagonal = triangular.diagonal().to(delta.dtype)
             term = spectrum_activation(config.spectrum_activation, diagonal, delta) - diagonal
         factors, folded = self._rotation_factors(adapter, device)
         return basis, term, factors, folded

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectral_adapters._validation import check_choice
 from spectral_adapters.activations import SPECTRUM_ACTIVATIONS, spectrum_activation
-from spectral_adapters.decomposition import WholeFactorisation
+from spectral_adapters.decomposition import BASIS_DTYPES, WholeFactorisation
 from spectral_adapters.functional import SpectralBasis, soda_delta_weight, soda_linear
 from spectral_adapters.peft._config import RANDOM_STD, SpectralConfig
 from spectral_adapters.peft._layer import (
@@ -23,6 +23,7 @@ from spectral_adapters.peft._layer import (
 from spectral_adapters.peft._model import SpectralModel
 from spectral_adapters.peft._registration import register
 from spectral_adapters.planner import PLANS
+from spectral_kernels.ops.kron import accumulation_dtype
 
 _METHOD: dict[str, Any] = {"decomposition": "svd", "rotation": None}
 
@@ -35,6 +36,7 @@ class SVDiffConfig(SpectralConfig):
         spectrum_activation: "relu" (as published), "identity" or "softplus".
         plan: "auto", "factored", "merged" or "tokens", for linear layers; equal values at different
             cost.
+        basis_dtype: precision of U and V, as in :class:`SODAConfig`.
 
     Further arguments: :class:`SpectralConfig`.
     """
@@ -43,11 +45,13 @@ class SVDiffConfig(SpectralConfig):
 
     spectrum_activation: str = field(default="relu")
     plan: str = field(default="auto")
+    basis_dtype: str = field(default="base")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("spectrum_activation", self.spectrum_activation, SPECTRUM_ACTIVATIONS)
         check_choice("plan", self.plan, ("auto", *PLANS))
+        check_choice("basis_dtype", self.basis_dtype, BASIS_DTYPES)
 
 
 class SVDiffLayer(SpectralLayer):
@@ -65,7 +69,7 @@ class SVDiffLayer(SpectralLayer):
         self.svdiff_delta[adapter] = nn.Parameter(delta)
 
     def _factorisation(self, config: SVDiffConfig) -> WholeFactorisation:
-        return WholeFactorisation("svd")
+        return WholeFactorisation("svd", config.basis_dtype)
 
     @torch.no_grad()
     def combine(self, terms: Sequence[tuple[float, str]], adapter: str) -> None:
@@ -78,7 +82,7 @@ class SVDiffLayer(SpectralLayer):
     def _terms(self, adapter: str, device: torch.device) -> tuple[SpectralBasis, Tensor]:
         basis = self._basis(adapter, device)
         assert basis.singular_values is not None
-        delta = self.svdiff_delta[adapter].to(device, basis.left.dtype)
+        delta = self.svdiff_delta[adapter].to(device, accumulation_dtype(basis.left.dtype))
         name = self.configs[adapter].spectrum_activation
         return basis, spectrum_activation(name, basis.singular_values, delta)
 

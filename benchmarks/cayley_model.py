@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import torch
 from adapted import Base
@@ -22,6 +23,11 @@ from providers import (
 from torch import Tensor, nn
 from unet_providers import adapted_shapes
 
+from spectral_adapters.autograd import (
+    GradientPool,
+    SharedCayleyFunction,
+    apply,
+)
 from spectral_adapters.factors import PUBLISHED_FACTORS, balanced_factors
 from spectral_adapters.functional import cayley, cayley_factors
 from spectral_kernels import backend_report
@@ -157,12 +163,45 @@ def ours_batched(problem: CayleyModelProblem) -> Candidate:
 
 
 def ours_one_by_one(problem: CayleyModelProblem) -> Candidate:
-    """One call; every factor is a parameter of its own, as in a model."""
+    """One call; every factor is a parameter of its own and a tensor of its own to autograd."""
     packed = _leaves(problem.one_by_one(problem.packed), torch.float32)
     grads, sizes = problem.one_by_one(problem.grads), problem.sizes_one_by_one
 
     def step() -> Tensors:
         return _finish(cayley_factors(packed, sizes), packed, grads)
+
+    return Candidate(step, lambda: problem.expected, problem.batched)
+
+
+class _Gradients(torch.autograd.Function):
+    """Stands for the layers of a model with a rotation bank: its backward finds these gradients."""
+
+    @staticmethod
+    def forward(token: Tensor, pool: GradientPool, grads: Tensors) -> Tensor:
+        return token.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.pool, ctx.grads = inputs
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
+        ctx.pool.add(0, ctx.grads)
+        return None, None, None
+
+
+def ours_in_a_model(problem: CayleyModelProblem) -> Candidate:
+    """As a model with a rotation bank does it: every factor is a parameter of its own, and a pool
+    takes the gradients to the one node of the graph."""
+    packed = _leaves(problem.one_by_one(problem.packed), torch.float32)
+    grads, sizes = problem.one_by_one(problem.grads), problem.sizes_one_by_one
+
+    def step() -> Tensors:
+        rotations = torch.ops.spectral.cayley_fwd([p.detach() for p in packed], sizes)
+        pool = GradientPool(len(packed))
+        token = apply(SharedCayleyFunction, pool, rotations, *packed)
+        end = apply(_Gradients, token, pool, grads)
+        return [*rotations, *torch.autograd.grad(end, packed)]
 
     return Candidate(step, lambda: problem.expected, problem.batched)
 
@@ -272,7 +311,8 @@ def products(problem: CayleyModelProblem) -> Candidate:
 
 CAYLEY_MODEL_PROVIDERS: dict[str, Callable[[CayleyModelProblem], Candidate]] = {
     "ours": ours_batched,
-    "ours, own parameters": ours_one_by_one,
+    "ours, own parameters": ours_in_a_model,
+    "ours, own tensors": ours_one_by_one,
     "solve loop": solve_loop,
     "inv_ex": inverse(_invert_all),
     "inv_ex, own parameters": inverse_stacked,

@@ -92,7 +92,7 @@ def _is_triton(name: str) -> bool:
 def _why_reference(name: str, device: str) -> str:
     if device == "cuda" and _is_triton(name):
         return STATUS["triton"].reason
-    if name.startswith("rotated_linear") and device == "cuda":
+    if name.startswith(("rotated_linear", "soda_linear")) and device == "cuda":
         return "GEMMs around kron_rotate and kron_gram, which see above"
     extension = STATUS["extension"]
     if not extension.loaded:

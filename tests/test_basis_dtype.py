@@ -139,6 +139,9 @@ def test_merged_products_in_half_precision(dtype, with_base):
             None,
             None,
             False,
+            None,
+            None,
+            None,
             *layer.rotation_factors(),
         )
         return y

@@ -97,6 +97,11 @@ def samples(name):
         "kron_gram": (x, torch.randn_like(x), [3, 4], scale),
         "stiefel_sgd_": (*stiefel_problem([(3, 5, 5), (40, 40)])[:3], 1e-2, 0.9, -1.0),
         "stiefel_adam_": (*stiefel_problem([(3, 5, 5), (40, 40)]), 1e-2, 0.9, 0.99, 1e-8, -1.0),
+        "soda_linear_fwd": (x, scale, x[:5], x, None, None, True, factors_of((3, 4))),
+        "soda_linear_bwd": (
+            *(torch.randn(9, 5, device=DEVICE), x, scale, x[:5].clone(), x.clone(), None, True),
+            *(True, True, factors_of((3, 4))),
+        ),
         "rotated_linear_fwd": (x, scale, x[:5], None, None, False, True, factors_of((3, 4))),
         "rotated_linear_bwd": (
             *(torch.randn(9, 5, device=DEVICE), x, scale, x[:5].clone(), None, None),

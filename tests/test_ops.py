@@ -15,6 +15,7 @@ from spectral_kernels.ops.rotated_linear import (
     rotated_linear_bwd_reference,
     rotated_linear_fwd_reference,
 )
+from spectral_kernels.ops.soda_linear import soda_linear_bwd_reference, soda_linear_fwd_reference
 
 op = torch.ops.spectral
 
@@ -71,6 +72,31 @@ SAMPLES = {
             (torch.randn(7, 5), torch.randn(7, 6), None, None, None, True, False),
             (torch.randn(7, 5), torch.randn(7, 6), None, *torch.randn(2, 5, 6), True, True),
             (torch.randn(0, 5), torch.randn(0, 6), None, None, None, False, True),
+        )
+    ],
+}
+
+SAMPLES |= {
+    "soda_linear_fwd": [
+        (x, torch.randn(6), torch.randn(8, 6), torch.randn(6, 9), bias, rotated, on_tokens, FACTORS)
+        for x, bias, rotated, on_tokens in (
+            (torch.randn(2, 7, 9), torch.randn(8), None, True),
+            (torch.randn(7, 9), None, None, False),
+            (torch.randn(70, 9), torch.randn(8), torch.randn(8, 6), False),
+            (torch.randn(0, 9), None, None, False),
+        )
+    ],
+    "soda_linear_bwd": [
+        (
+            *(torch.randn(*rows, 8), torch.randn(*rows, 6), torch.randn(6), torch.randn(8, 6)),
+            *(torch.randn(6, 9), rotated, on_tokens, needs_x, needs_sums, FACTORS),
+        )
+        for rows, rotated, on_tokens, needs_x, needs_sums in (
+            ((2, 7), None, True, True, True),
+            ((7,), None, False, True, False),
+            ((70,), None, False, True, True),
+            ((70,), torch.randn(8, 6), False, False, True),
+            ((0,), torch.randn(8, 6), False, True, True),
         )
     ],
 }
@@ -133,7 +159,8 @@ def low_rank_samples(name):
         ((2, 7), 3, "weight", torch.float32),
         ((5,), 2, "base", torch.float64),
         ((0,), 2, "weight", torch.float32),
-        ((1,), 1, "nothing", torch.bfloat16),
+        # So many numbers that the largest is none of those that cancelled.
+        ((9,), 2, "nothing", torch.bfloat16),
     ):
         factors = low_rank_factors(name, 5, 6, r)
         x, grad = torch.randn(*shape, 6, dtype=dtype), torch.randn(*shape, 5, dtype=dtype)
@@ -316,6 +343,58 @@ def test_rotated_linear_values(which, dtype):
             tangent = lambda g: factor.double().mT @ g.double()  # noqa: B023, E731
             skew = lambda g: tangent(g) - tangent(g).mT  # noqa: B023, E731
             assert relative_error(skew(actual), skew(exact)) <= 4 * TOLERANCE[dtype]
+
+
+SODA_LINEAR = {
+    "op": (op.soda_linear_fwd, op.soda_linear_bwd),
+    "reference": (soda_linear_fwd_reference, soda_linear_bwd_reference),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", SODA_LINEAR)
+def test_soda_linear_values(which, dtype):
+    """Few and many tokens, a basis in the layer's dtype and in fp32, kept or not."""
+    forward, backward = SODA_LINEAR[which]
+    small = torch.float64 if dtype == torch.float64 else torch.float32
+    factors = [random_rotation(n, dtype=small) for n in (3, 4)]
+    random = lambda *shape: torch.randn(*shape, dtype=torch.float64).to(dtype)  # noqa: E731
+    for rows, biased, on_tokens, wide in product(((2, 3), (41,)), *[(False, True)] * 3):
+        x, bias, grad, scale = (
+            random(*rows, 13),
+            random(15),
+            random(*rows, 15),
+            random(12).to(small),
+        )
+        left, right = random(15, 12), random(12, 13)
+        if wide:
+            left, right = left.to(small), right.to(small)
+        leaves = [t.to(torch.float64, copy=True).requires_grad_() for t in (x, scale, *factors)]
+        dense = torch.kron(leaves[2], leaves[3])
+        weight = left.double() @ dense @ torch.diag(leaves[1]) @ right.double()
+        expected = leaves[0] @ weight.mT + (bias.double() if biased else 0)
+        exact_x, exact_scale, *exact_factors = torch.autograd.grad(expected, leaves, grad.double())
+
+        options, given = (x, scale, left, right, bias if biased else None), None
+        for _ in range(1 if on_tokens else 2):  # then with the rotated basis
+            y, z, *made = forward(*options, given, on_tokens, factors)
+            assert_near(y, expected, factor=3)
+            assert_near(z, x.double() @ right.double().mT, factor=2)
+            assert len(made) == (0 if on_tokens or given is not None else 1)
+            saved = (grad, z, scale, left, right, given, on_tokens)
+            (alone,) = backward(*saved, True, False, factors)
+            dx, ds, *dfactors = backward(*saved, True, True, factors)
+            assert dx.shape == x.shape and ds.dtype == small
+            assert_near(alone, exact_x, factor=3)
+            assert_near(dx, exact_x, factor=3)
+            assert relative_error(ds, exact_scale) <= 4 * TOLERANCE[dtype]
+            for factor, actual, exact in zip(factors, dfactors, exact_factors, strict=True):
+                tangent = lambda g: factor.double().mT @ g.double()  # noqa: B023, E731
+                skew = lambda g: tangent(g) - tangent(g).mT  # noqa: B023, E731
+                assert relative_error(skew(actual), skew(exact)) <= 4 * TOLERANCE[dtype]
+            for a, b in zip(backward(*saved, False, True, factors), [ds, *dfactors], strict=True):
+                assert torch.equal(a, b)
+            given = made[0] if made else None
 
 
 def low_rank_pair(name, which):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from spectral_kernels.ops.rotated_linear import (
     rotated_linear_bwd_reference,
     rotated_linear_fwd_reference,
 )
+from spectral_kernels.ops.soda_linear import soda_linear_bwd_reference, soda_linear_fwd_reference
 
 _ops = torch.ops.spectral
 
@@ -43,12 +44,17 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.is_grad_enabled() and any(
         [arg.requires_grad for arg in args if isinstance(arg, Tensor)]  # noqa: C419 (Dynamo)
     ):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
-        # What Function.apply does once it has bound the arguments to the signature of forward,
-        # which takes longer than all the rest and here, where none is missing, changes nothing.
-        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+        return record(function, *args)
     return function.forward(*args)
+
+
+def record(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """:func:`apply` where a gradient is asked for."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # What Function.apply does once it has bound the arguments to the signature of forward, which
+    # takes longer than all the rest and here, where none is missing, changes nothing.
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def raw(op: Callable[..., Any], *args: Any) -> Any:
@@ -67,6 +73,17 @@ def _product(op: Callable[..., Any], reference: Callable[..., Any]) -> Callable[
 def at_least(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` in the smallest type that holds its numbers and those of ``dtype``."""
     return tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+
+def _fused(
+    op: Callable[..., Any], reference: Callable[..., Any], x: Tensor, arguments: tuple[Any, ...]
+) -> Any:
+    """An op that has an implementation of its own on the CPU alone, and elsewhere is its reference:
+    called without the dispatcher, which takes longer than the work of a small layer."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+    return reference(*arguments)
 
 
 class CayleyFunction(torch.autograd.Function):
@@ -110,35 +127,97 @@ def _cayley_gradients(
     return results
 
 
+class GradientPool:
+    """Gradients of rotations, added up by a model's layers during one backward pass."""
+
+    def __init__(self, count: int) -> None:
+        self._sums: list[Tensor | None] = [None] * count
+        self._pass = -1
+
+    def add(self, first: int, grads: Sequence[Tensor]) -> None:
+        """Add the gradients of rotations number ``first`` and the following."""
+        current = torch._C._current_graph_task_id()
+        if current != self._pass:
+            # The pass before this one was interrupted, or left these gradients to nobody.
+            self._sums, self._pass = [None] * len(self._sums), current
+        for index, grad in enumerate(grads, first):
+            known = self._sums[index]
+            self._sums[index] = grad if known is None else known + grad
+
+    def take(self) -> list[Tensor | None]:
+        """The sums of this backward pass."""
+        sums, self._sums = self._sums, [None] * len(self._sums)
+        return sums if self._pass == torch._C._current_graph_task_id() else self._sums
+
+
+class SharedRotations(NamedTuple):
+    """How the gradients of a layer's rotations reach the node that all layers share.
+
+    Attributes:
+        token: empty output of that node: one edge of the graph per layer instead of one per factor.
+        pool: where the layer's backward puts the gradients.
+        first: number of the layer's first rotation in there.
+    """
+
+    token: Tensor
+    pool: GradientPool
+    first: int
+
+
 class SharedCayleyFunction(torch.autograd.Function):
     """Rotations of a whole model that are already known, as one node with the Cayley gradient.
 
-    Inputs: ``rotations`` (list of [n_i, n_i], computed from the packed parameters) and per rotation
-    ``packed`` [n_i(n_i-1)/2]; outputs are the rotations. Nothing passes through
-    ``save_for_backward``, so the node can be run backward several times, as gradient accumulation
-    over one set of rotations does, and checkpointing sees no tensor saved here. Rotations without
-    a gradient are left out of the one call that all others share.
+    Inputs: ``pool`` for the gradients, ``rotations`` (list of [n_i, n_i], computed from the packed
+    parameters) and per rotation ``packed`` [n_i(n_i-1)/2]; the output is the token of
+    :class:`SharedRotations`. Autograd runs this node after all that have the token, and by then
+    the pool holds what they found. Nothing passes through ``save_for_backward``, so the node can be
+    run backward several times, as gradient accumulation over one set of rotations does, and
+    checkpointing sees no tensor saved here. Rotations without a gradient are left out of the one
+    call that all others share.
     """
 
     @staticmethod
-    def forward(rotations: list[Tensor], *packed: Tensor) -> tuple[Tensor, ...]:
-        return tuple([rotation.detach() for rotation in rotations])
+    def forward(pool: GradientPool, rotations: list[Tensor], *packed: Tensor) -> Tensor:
+        return rotations[0].new_empty(0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.rotations, *packed = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.pool, ctx.rotations, *packed = inputs
         ctx.dtypes = [parameter.dtype for parameter in packed]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _cayley_gradients(grads, ctx.rotations, ctx.needs_input_grad[1:])
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = _cayley_gradients(ctx.pool.take(), ctx.rotations, ctx.needs_input_grad[2:])
         cast = (
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip(found, ctx.dtypes, strict=True)
         )
-        return None, *cast
+        return None, None, *cast
+
+
+class LayerRotationsFunction(torch.autograd.Function):
+    """Rotations [n_i, n_i] of one layer with a gradient that goes to the model's shared node.
+
+    For whatever takes them as tensors; inputs: the token, the :class:`SharedRotations` that it is
+    of, and the rotations.
+    """
+
+    @staticmethod
+    def forward(token: Tensor, shared: SharedRotations, *rotations: Tensor) -> tuple[Tensor, ...]:
+        return tuple([rotation.detach() for rotation in rotations])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.shared = inputs[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        if ctx.needs_input_grad[0]:
+            ctx.shared.pool.add(ctx.shared.first, grads)
+        return (None,) * (2 + len(grads))
 
 
 class KronRotateFunction(torch.autograd.Function):
@@ -323,6 +402,9 @@ class SODALinearFunction(torch.autograd.Function):
     for the caller: z = x V [..., k] (None with ``recompute``) and U R (None where the tokens are
     rotated).
 
+    What is trained may be the scale and the factors themselves, or ``offset`` [k] with ``s = S +
+    offset``, whose gradient is that of the scale, and the rotations behind the token of ``shared``.
+
     The backward needs x no more once z is kept; with ``recompute`` it is the other way round, and
     layers that share an input share what they keep. U R is kept only with ``keep``, for callers
     that do so too; else the backward rotates the tokens' gradients, or U again where that has fewer
@@ -340,22 +422,23 @@ class SODALinearFunction(torch.autograd.Function):
         on_tokens: bool,
         recompute: bool,
         keep: bool,
+        offset: Tensor | None,
+        token: Tensor | None,
+        shared: SharedRotations | None,
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        z = linear(x, right.to(x.dtype))
-        if rotated is not None and not on_tokens:
-            y = linear(z * scale.to(z.dtype), rotated.to(z.dtype), bias)
-            return y, None if recompute else z, None
-        forward = _product(_ops.rotated_linear_fwd, rotated_linear_fwd_reference)
-        y, rotated = forward(z, scale, left, None, bias, False, on_tokens, list(factors))
-        return y, None if recompute else z, None if on_tokens else rotated
+        arguments = (x, scale, left, right, bias, rotated, on_tokens, list(factors))
+        y, z, *made = _fused(_ops.soda_linear_fwd, soda_linear_fwd_reference, x, arguments)
+        return y, None if recompute else z, made[0] if made else None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, scale, left, right, bias, rotated, ctx.on_tokens, recompute, keep, *factors = inputs
+        x, scale, left, right, bias, rotated, ctx.on_tokens, recompute, keep = inputs[:9]
+        offset, _, ctx.shared, *factors = inputs[9:]
         _, z, made = output
-        ctx.mark_non_differentiable(*(extra for extra in (z, made) if extra is not None))
+        ctx.mark_non_differentiable(*[extra for extra in (z, made) if extra is not None])
         ctx.set_materialize_grads(False)
+        ctx.offset_dtype = None if offset is None else offset.dtype
         # Its keeper's, and so not among what a checkpoint counts: there may be a keeper by the time
         # it recomputes.
         ctx.rotated = None
@@ -367,35 +450,46 @@ class SODALinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        needs_x, needs_scale, _, _, needs_bias, *rest = ctx.needs_input_grad
-        needs_factors = rest[4:]
-        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        needs = ctx.needs_input_grad
+        results: list[Tensor | None] = [None] * len(needs)
         if grad is None:
             return tuple(results)
         x, z, scale, left, right, bias, *factors = ctx.saved_tensors
-        rotated = ctx.rotated
-        if needs_bias:
+        rotated, on_tokens = ctx.rotated, ctx.on_tokens
+        if needs[4]:
             results[4] = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
-        needs_sums = needs_scale or any(needs_factors)
-        if not (needs_x or needs_sums):
+        needs_sums = needs[1] or any(needs[9:])
+        if not (needs[0] or needs_sums):
             return tuple(results)
         if z is None:
             z = linear(x, right.to(x.dtype))
-        if rotated is not None:
-            rotated = rotated.to(grad.dtype)
-        elif not ctx.on_tokens:
-            rotated = _rotated_for_backward(grad, left, factors, False)
-        backward = _product(_ops.rotated_linear_bwd, rotated_linear_bwd_reference)
-        grad_z, *sums = backward(grad, z, scale, left, None, rotated, False, needs_sums, factors)
-        if needs_x:
-            grad_x = grad_z.reshape(-1, grad_z.shape[-1]) @ right.to(grad.dtype)
-            results[0] = grad_x.view(*grad.shape[:-1], right.shape[1])
-        if needs_scale:
-            results[1] = sums[0]
-        for i, needed in enumerate(needs_factors):
-            if needed:
-                results[9 + i] = sums[i + 1]
+        found = _fused(
+            _ops.soda_linear_bwd,
+            soda_linear_bwd_reference,
+            grad,
+            (grad, z, scale, left, right, rotated, on_tokens, needs[0], needs_sums, factors),
+        )
+        if needs[0]:
+            results[0], *found = found
+        if needs_sums:
+            _hand_out(ctx, results, found, first=9)
         return tuple(results)
+
+
+def _hand_out(ctx: Any, results: list[Tensor | None], sums: Sequence[Tensor], first: int) -> None:
+    """Put ``[ds, dR_1, ..., dR_f]`` where they belong: with the scale (input 1) and the factors, or
+    with the offset, the token and its pool (inputs ``first`` and the following)."""
+    needs = ctx.needs_input_grad
+    grad_scale, *turns = sums
+    if needs[1]:
+        results[1] = grad_scale
+    if needs[first]:
+        results[first] = grad_scale.to(ctx.offset_dtype)
+    if needs[first + 1]:
+        ctx.shared.pool.add(ctx.shared.first, turns)
+    for index, turn in enumerate(turns, first + 3):
+        if needs[index]:
+            results[index] = turn
 
 
 class Deferral:
@@ -434,7 +528,8 @@ class MergedLinearFunction(torch.autograd.Function):
 
     With ``H = (dy^T x) V``: ``ds`` = column sums of U R * H over the rows and
     ``R_i^T dR_i = gram_i(U R, H * s)``. ``gradient`` may hold ``dy^T x`` back. With ``recompute``
-    nothing of the weight's size is kept and the backward builds W' again.
+    nothing of the weight's size is kept and the backward builds W' again. ``offset``, ``token`` and
+    ``shared`` as in :class:`SODALinearFunction`.
     """
 
     @staticmethod
@@ -450,6 +545,9 @@ class MergedLinearFunction(torch.autograd.Function):
         rotated: Tensor | None,
         gradient: KeptGradient | None,
         recompute: bool,
+        offset: Tensor | None,
+        token: Tensor | None,
+        shared: SharedRotations | None,
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if weight is not None:
@@ -463,6 +561,8 @@ class MergedLinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *operands, weight, rotated, ctx.gradient, recompute = inputs[:11]
+        offset, _, ctx.shared, *factors = inputs[11:]
+        ctx.offset_dtype = None if offset is None else offset.dtype
         _, *made = output
         ctx.mark_non_differentiable(*(extra for extra in made if extra is not None))
         if weight is None:
@@ -471,13 +571,12 @@ class MergedLinearFunction(torch.autograd.Function):
             rotated = made[1]
         ctx.set_materialize_grads(False)
         kept = (None, None) if recompute else (weight, rotated)
-        ctx.save_for_backward(*operands, *kept, *inputs[11:])
+        ctx.save_for_backward(*operands, *kept, *factors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         needs_x, needs_scale, _, _, _, needs_base, needs_bias, *rest = ctx.needs_input_grad
-        needs_factors = rest[4:]
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad is None:
             return tuple(results)
@@ -487,7 +586,7 @@ class MergedLinearFunction(torch.autograd.Function):
         flat_grad = grad.reshape(-1, grad.shape[-1])
         if needs_bias:
             results[6] = flat_grad.sum(0).to(bias.dtype)
-        needs_sums = needs_scale or any(needs_factors)
+        needs_sums = needs_scale or any(rest[4:])
         grad_weight: Tensor | None = None
         if needs_sums or needs_base:
             grad_weight = flat_grad.mT @ x.reshape(-1, x.shape[-1])
@@ -510,11 +609,8 @@ class MergedLinearFunction(torch.autograd.Function):
         turned_grad = grad_weight.to(x.dtype) @ right.to(x.dtype).mT
         turned_grad = turned_grad.to(rotated.dtype)
         *grams, column_sums = raw(_ops.kron_gram, rotated, turned_grad, dims, scale)
-        if needs_scale:
-            results[1] = column_sums.to(scale.dtype)
-        for i, (factor, gram) in enumerate(zip(factors, grams, strict=True)):
-            if needs_factors[i]:
-                results[11 + i] = factor @ gram.to(factor.dtype)
+        turns = [f @ gram.to(f.dtype) for f, gram in zip(factors, grams, strict=True)]
+        _hand_out(ctx, results, [column_sums.to(scale.dtype), *turns], first=11)
         return tuple(results)
 
 
@@ -629,7 +725,7 @@ class LowRankLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         backward = _product(_ops.low_rank_linear_bwd, low_rank_linear_bwd_reference)
-        return _low_rank_grads(ctx, grad, backward)
+        return _low_rank_grads(ctx, grad, backward, ctx.needs_input_grad)
 
 
 class SpectralALinearFunction(torch.autograd.Function):
@@ -673,14 +769,15 @@ class SpectralALinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         backward = _product(_ops.spectral_a_linear_bwd, spectral_a_linear_bwd_reference)
-        return _low_rank_grads(ctx, grad, backward)
+        return _low_rank_grads(ctx, grad, backward, ctx.needs_input_grad)
 
 
 class SpectralRLinearFunction(torch.autograd.Function):
     """:class:`LowRankLinearFunction` for ``dW = U1 (R_U S1 R_V^T - S1) V1^T``.
 
     Factors: the basis as in :class:`SpectralALinearFunction`, ``rotation_left`` R_U and
-    ``rotation_right`` R_V [r, r]. Saves ``x V1``, r numbers per token, and x itself not.
+    ``rotation_right`` R_V [r, r], or these without a gradient of their own and the token of
+    ``shared``. Saves ``x V1``, r numbers per token, and x itself not.
     """
 
     @staticmethod
@@ -695,6 +792,8 @@ class SpectralRLinearFunction(torch.autograd.Function):
         rotation_left: Tensor,
         rotation_right: Tensor,
         scaling: float,
+        token: Tensor | None = None,
+        shared: SharedRotations | None = None,
     ) -> tuple[Tensor, Tensor]:
         return _product(_ops.spectral_r_linear_fwd, spectral_r_linear_fwd_reference)(
             x,
@@ -711,13 +810,24 @@ class SpectralRLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save_for_low_rank(ctx, inputs, output[1], keeps_x=False)
+        ctx.shared = inputs[-1] if len(inputs) > 10 else None
+        _save_for_low_rank(ctx, inputs[:10], output[1], keeps_x=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         backward = _product(_ops.spectral_r_linear_bwd, spectral_r_linear_bwd_reference)
-        return _low_rank_grads(ctx, grad, backward)
+        needs = ctx.needs_input_grad
+        rest = (None,) * (len(needs) - 10)
+        if ctx.shared is None:
+            return *_low_rank_grads(ctx, grad, backward, needs[:10]), *rest
+        needs_turns = needs[10]
+        *results, turn_left, turn_right, _ = _low_rank_grads(
+            ctx, grad, backward, [*needs[:7], needs_turns, needs_turns, False]
+        )
+        if needs_turns and grad is not None:
+            ctx.shared.pool.add(ctx.shared.first, (turn_left, turn_right))
+        return *results, None, None, None, *rest
 
 
 def _save_for_low_rank(ctx: Any, inputs: tuple[Any, ...], thin: Tensor, *, keeps_x: bool) -> None:
@@ -729,10 +839,13 @@ def _save_for_low_rank(ctx: Any, inputs: tuple[Any, ...], thin: Tensor, *, keeps
 
 
 def _low_rank_grads(
-    ctx: Any, grad: Tensor | None, backward: Callable[..., list[Tensor]]
+    ctx: Any,
+    grad: Tensor | None,
+    backward: Callable[..., list[Tensor]],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of the inputs; the two trained factors are the last tensors."""
-    needs = ctx.needs_input_grad
+    """Gradients that are needed, in the order of the inputs; the two trained factors are the last
+    tensors."""
     if grad is None:
         return (None,) * len(needs)
     needs_x, needs_base, _, needs_bias, *_, needs_first, needs_second, _ = needs

@@ -6,10 +6,11 @@ Row-vector convention and torch layout throughout: a weight is ``[out, in]``, ac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import NamedTuple, overload
+from operator import is_
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -31,11 +32,13 @@ from spectral_adapters.autograd import (
     MergedLinearFunction,
     RotatedLinearFunction,
     RotatedWeightFunction,
+    SharedRotations,
     SODALinearFunction,
     SpectralALinearFunction,
     SpectralRLinearFunction,
     apply,
     at_least,
+    record,
 )
 from spectral_adapters.planner import PLANS, choose_plan, rates_for, remembered_plan
 from spectral_kernels.ops.cayley import packed_length
@@ -92,28 +95,102 @@ class FoldedBasis:
         self.uses = uses
         self.rotated: Tensor | None = None
         self.weight: Tensor | None = None
-        self._sources: list[Tensor] = []
-        self._marks: list[object] = []
+        self._spectrum: Tensor | None = None
+        self._terms: tuple[Tensor, Tensor, int] | None = None
+        self._sources: tuple[Tensor | None, ...] = (None, None, None)
+        self._marks: list[tuple[int, int] | None] = []
+        self._layouts: list[Any] = []
+
+    def forget(self) -> None:
+        """Forget everything that was made from parameters."""
+        self.rotated = self.weight = self._spectrum = None
+
+    def shifted(self, singular_values: Tensor, offset: Tensor) -> Tensor:
+        """``S + offset`` [k], without a gradient."""
+        version = singular_values._version
+        if (
+            self._spectrum is None
+            or self._terms is None
+            or self._terms[0] is not singular_values
+            or self._terms[2] != version
+        ):
+            self._terms = (singular_values, offset, version)
+            shift_together([self])
+        assert self._spectrum is not None
+        return self._spectrum
 
     def adopt(self, basis: SpectralBasis, base_weight: Tensor | None) -> None:
         """Forget everything that was made from another basis or base weight than these, and what
         was made in inference mode and cannot be used for training."""
-        sources = [basis.left, basis.right, *([] if base_weight is None else [base_weight])]
-        marks: list[object] = [_mark(tensor) for tensor in sources]
-        if marks != self._marks:
-            self.rotated = self.weight = None
-            # Held, so that no other tensor comes to lie where they are.
-            self._sources, self._marks = sources, marks
+        sources = (basis.left, basis.right, base_weight)
+        marks = [_mark(tensor) for tensor in sources]
+        if marks != self._marks or not all(map(is_, sources, self._sources)):
+            self._forget_others(sources)
+            self._marks = marks
+        if (self.rotated is None and self.weight is None) or torch.is_inference_mode_enabled():
+            return
         for name in ("rotated", "weight"):
             kept = getattr(self, name)
-            if kept is not None and kept.is_inference() and not torch.is_inference_mode_enabled():
+            if kept is not None and kept.is_inference():
                 setattr(self, name, None)
 
+    def _forget_others(self, sources: tuple[Tensor | None, ...]) -> None:
+        """Forget what was made from other tensors than these or views of the same numbers.
 
-def _mark(tensor: Tensor) -> object:
-    """Equal for the same tensor or view with the same numbers, as far as autograd is told."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version
+        Held, so that no other tensor comes to lie where they are.
+        """
+        layouts: list[Any] = [
+            None if t is None else (t.shape, t.stride(), t.dtype) for t in sources
+        ]
+        marks = [_mark(tensor) for tensor in sources]
+        if marks != self._marks or layouts != self._layouts:
+            self.rotated = self.weight = None
+        self._sources, self._layouts = sources, layouts
+
+
+@torch.no_grad()
+def shift_together(layers: Iterable[FoldedBasis]) -> None:
+    """Spectra of many layers by one call: of those that were asked for theirs before."""
+    known = []
+    for layer in layers:
+        if layer._terms is not None:
+            values, offset, _ = layer._terms
+            if values.device == offset.device:
+                known.append((layer, values, offset))
+    if not known:
+        return
+    offsets = [offset.to(values.dtype) for _, values, offset in known]
+    sums = torch._foreach_add([values for _, values, _ in known], offsets)
+    for (layer, values, offset), spectrum in zip(known, sums, strict=True):
+        layer._spectrum, layer._terms = spectrum, (values, offset, values._version)
+
+
+class SODATerms(NamedTuple):
+    """What a SODA layer's weight is made of.
+
+    Attributes:
+        basis: frozen factorisation of the base weight.
+        spectrum: s [k] for "svd", the offset d of the diagonal [k] for "qr".
+        factors: orthogonal [n_i, n_i], or None without a rotation.
+        folded: where to keep products of these, or None.
+        offset: svd left only: trained [k] with ``s = S + offset``; the spectrum is then given as
+            plain numbers and its gradient is the offset's.
+        shared: svd left only: where the factors' gradients go, which are plain numbers then.
+    """
+
+    basis: SpectralBasis
+    spectrum: Tensor
+    factors: Sequence[Tensor] | None
+    folded: FoldedBasis | None = None
+    offset: Tensor | None = None
+    shared: SharedRotations | None = None
+
+
+def _mark(tensor: Tensor | None) -> tuple[int, int] | None:
+    """Changes with the numbers of a tensor, as far as autograd is told."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 @overload
@@ -312,10 +389,38 @@ def soda_linear(
     check_tensor("x", x)
     check_last_dimension("x", x, basis.right.shape[1], "the layer's in_features")
 
-    out_dtype, work_dtype = basis_dtypes(x, basis)
+    return adapted_product(
+        x,
+        SODATerms(basis, spectrum, factors, folded),
+        bias,
+        decomposition=decomposition,
+        rotation=rotation,
+        plan=plan,
+        base_weight=base_weight,
+        recompute=recompute,
+    )
+
+
+def adapted_product(
+    x: Tensor,
+    terms: SODATerms,
+    bias: Tensor | None,
+    *,
+    decomposition: str,
+    rotation: str | None,
+    plan: str,
+    base_weight: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """:func:`soda_linear` without checks of what a layer knows of itself."""
+    basis, spectrum, factors, folded, offset, shared = terms
+    is_autocast = autocast_is_on(x.device.type)
+    out_dtype, work_dtype = basis_dtypes(x, basis, is_autocast)
     out_features, in_features = basis.left.shape[0], basis.right.shape[1]
     sizes = None if factors is None else tuple(factor.shape[0] for factor in factors)
-    fixed_spectrum = folded is not None and not (torch.is_grad_enabled() and spectrum.requires_grad)
+    training = torch.is_grad_enabled()
+    trained = spectrum if offset is None else offset
+    fixed_spectrum = folded is not None and not (training and trained.requires_grad)
     # Tracing cannot see into a cache, and would warn of it.
     choose = choose_plan if torch.compiler.is_compiling() else remembered_plan
     name = choose(
@@ -326,19 +431,20 @@ def soda_linear(
         decomposition=decomposition,
         rotation=rotation,
         plan=plan,
-        backward=torch.is_grad_enabled(),
+        backward=training,
         uses=1 if folded is None else folded.uses,
         has_base=base_weight is not None,
         fixed_spectrum=fixed_spectrum,
         rates=rates_for(x.device, work_dtype),
     ).name
-    if folded is not None and folded.gradient.sum is not None and torch.is_grad_enabled():
+    if folded is not None and folded.gradient.sum is not None and training:
         name = "merged"  # its backward takes the gradient that waits
     if folded is not None:
         folded.adopt(basis, base_weight)
-    with without_autocast(x.device):
-        x = x.to(work_dtype)
-        if bias is not None:
+    with _no_autocast(x.device) if is_autocast else nullcontext():
+        if x.dtype != work_dtype:
+            x = x.to(work_dtype)
+        if bias is not None and bias.dtype != work_dtype:
             bias = bias.to(work_dtype)
         if name == "tokens" and rotation == "right" and fixed_spectrum and base_weight is not None:
             assert factors is not None and folded is not None
@@ -347,7 +453,7 @@ def soda_linear(
             y = linear(turned, weight.to(work_dtype), bias)
         elif decomposition == "svd" and rotation == "left":
             assert factors is not None
-            arguments = (x, basis, spectrum, factors, bias, folded, recompute)
+            arguments = (x, basis, spectrum, factors, bias, folded, recompute, offset, shared)
             if name == "merged":
                 y = _merged_product(*arguments, base_weight)
             else:
@@ -366,7 +472,7 @@ def soda_linear(
             y = _soda_product(
                 x, basis, spectrum, factors, bias, decomposition, rotation, name == "tokens"
             )
-    return y.to(out_dtype)
+    return y if y.dtype == out_dtype else y.to(out_dtype)
 
 
 def _spectral_product(
@@ -377,6 +483,8 @@ def _spectral_product(
     bias: Tensor | None,
     folded: FoldedBasis | None,
     recompute: bool,
+    offset: Tensor | None,
+    shared: SharedRotations | None,
     *,
     on_tokens: bool,
 ) -> Tensor:
@@ -384,7 +492,7 @@ def _spectral_product(
     left, _, right = basis
     if recompute:
         folded = None
-    y, _, rotated = apply(
+    y, _, rotated = (apply if shared is None else record)(
         SODALinearFunction,
         x,
         spectrum,
@@ -395,6 +503,9 @@ def _spectral_product(
         on_tokens,
         recompute,
         folded is not None,
+        offset,
+        None if shared is None else shared.token,
+        shared,
         *factors,
     )
     if folded is not None and rotated is not None:
@@ -410,13 +521,15 @@ def _merged_product(
     bias: Tensor | None,
     folded: FoldedBasis | None,
     recompute: bool,
+    offset: Tensor | None,
+    shared: SharedRotations | None,
     base_weight: Tensor | None,
 ) -> Tensor:
     """The merged plan of svd left; x and bias already in the working dtype."""
     kept = None if folded is None else folded.weight
     if kept is not None and kept.dtype != x.dtype:
         kept = None
-    y, weight, rotated = apply(
+    y, weight, rotated = (apply if shared is None else record)(
         MergedLinearFunction,
         x,
         spectrum,
@@ -427,6 +540,9 @@ def _merged_product(
         None if folded is None else folded.rotated,
         None if folded is None else folded.gradient,
         recompute,
+        offset,
+        None if shared is None else shared.token,
+        shared,
         *factors,
     )
     if folded is not None and not recompute:
@@ -680,6 +796,7 @@ def adapted_linear(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     base: Tensor | None = None,
+    shared: SharedRotations | None = None,
 ) -> Tensor:
     """A linear layer with a change of low rank: one op per direction where the dtypes allow it.
 
@@ -691,11 +808,14 @@ def adapted_linear(
         scaling: of the change.
         weight, bias: W0 [out, in], and [out] or None: the change is added to ``x W0^T + bias``.
         base: [..., out], what the change is added to instead. Without either it is returned alone.
+        shared: ``SpectralRLinearFunction`` only: where the rotations' gradients go, which are plain
+            numbers then.
 
     Returns:
         [..., out] in the dtype of ``base``, else of x (the autocast dtype under autocast).
     """
-    scaling = float(scaling)
+    tail: tuple[Any, ...] = () if shared is None else (shared.token, shared)
+    tail = (float(scaling), *tail)
     result, work = product_dtypes(x, factors[0])
     own = work if weight is None else product_dtypes(x, weight)[1]
     change: Tensor
@@ -704,12 +824,12 @@ def adapted_linear(
             # A weight that is trained itself needs a product of its own, which has its gradient.
             if result == work == own and not weight.requires_grad:
                 weight = weight.to(work)  # here: what the op would do again in its backward
-                change, _ = apply(function, x.to(work), None, weight, bias, *factors, scaling)
+                change, _ = apply(function, x.to(work), None, weight, bias, *factors, *tail)
                 return change
             bias = None if bias is None else bias.to(own)
             base = linear(x.to(own), weight.to(own), bias).to(result)
         start = base if base is not None and base.dtype == work else None
-        change, _ = apply(function, x.to(work), start, None, None, *factors, scaling)
+        change, _ = apply(function, x.to(work), start, None, None, *factors, *tail)
         if base is None:
             return change.to(result)
         return change if start is not None else base + change.to(base.dtype)
@@ -828,33 +948,40 @@ def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]
     autocast, else that of x. On accelerators the GEMMs run in it; on the CPU, where low precision
     is only a storage format, they run in the wider of it and the weight's.
     """
-    result = x.dtype
-    if x.dtype != torch.float64 and autocast_is_on(x.device.type):
-        result = torch.get_autocast_dtype(x.device.type)
-    if result == weight.dtype:
+    result = _result_dtype(x, autocast_is_on(x.device.type))
+    if result == weight.dtype or x.device.type != "cpu":
         return result, result
-    if x.device.type == "cpu":
-        return result, torch.promote_types(result, weight.dtype)
-    return result, result
+    return result, torch.promote_types(result, weight.dtype)
 
 
-def basis_dtypes(x: Tensor, basis: SpectralBasis) -> tuple[torch.dtype, torch.dtype]:
+def basis_dtypes(
+    x: Tensor, basis: SpectralBasis, is_autocast: bool
+) -> tuple[torch.dtype, torch.dtype]:
     """:func:`product_dtypes` of activations x and a frozen basis.
 
     A half-precision basis is a way to keep it, not a wish for half-precision products: what the CPU
     does in at least fp32 it does so with any basis.
     """
-    result, work = product_dtypes(x, basis.left)
-    if x.device.type == "cpu":
-        work = torch.promote_types(work, torch.float32)
-    return result, work
+    result = _result_dtype(x, is_autocast)
+    if x.device.type != "cpu" or result == basis.left.dtype == torch.float32:
+        return result, result
+    work = torch.promote_types(result, basis.left.dtype)
+    return result, torch.promote_types(work, torch.float32)
+
+
+def _result_dtype(x: Tensor, is_autocast: bool) -> torch.dtype:
+    if is_autocast and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which products keep the dtypes that :func:`product_dtypes` chose."""
-    if autocast_is_on(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _no_autocast(device) if autocast_is_on(device.type) else nullcontext()
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, enabled=False)
 
 
 def autocast_is_on(device_type: str) -> bool:

@@ -17,15 +17,31 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spectral_adapters.autograd import Deferral, KeptGradient, SharedCayleyFunction, apply
-from spectral_adapters.functional import FoldedBasis, cayley_factors
+from spectral_adapters.autograd import (
+    Deferral,
+    GradientPool,
+    KeptGradient,
+    LayerRotationsFunction,
+    SharedCayleyFunction,
+    SharedRotations,
+    apply,
+)
+from spectral_adapters.functional import (
+    FoldedBasis,
+    SODATerms,
+    SpectralBasis,
+    cayley_factors,
+    shift_together,
+)
 
-__all__ = ["RotatedLayer", "RotationBank", "RotationSlot"]
+__all__ = ["BankedRotation", "RotatedLayer", "RotationBank", "RotationSlot"]
 
 
 class RotationSlot(NamedTuple):
@@ -44,6 +60,32 @@ class RotationSlot(NamedTuple):
     sizes: tuple[int, ...] | None
     others: tuple[nn.Parameter, ...] = ()
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """All of them."""
+        return self.rotation + self.others if self.others else self.rotation
+
+
+class BankedRotation(NamedTuple):
+    """What a bank has for a slot.
+
+    Attributes:
+        values: the orthogonal factors [n, n]; with ``shared`` they are constants to autograd.
+        shared: how their gradients reach the packed parameters, or None: through the values
+            themselves, as far as they have any.
+        folded: where to keep what the rotation is folded into, or None where nothing may be kept.
+    """
+
+    values: tuple[Tensor, ...]
+    shared: SharedRotations | None
+    folded: FoldedBasis | None
+
+    def with_gradients(self) -> tuple[Tensor, ...]:
+        """The factors as tensors that pass their gradients on."""
+        if self.shared is None:
+            return self.values
+        return apply(LayerRotationsFunction, self.shared.token, self.shared, *self.values)
+
 
 class RotatedLayer:
     """Mixin of the layers that have rotations, which a bank may compute for them."""
@@ -54,18 +96,48 @@ class RotatedLayer:
         """The rotations that the layer's forward uses now."""
         raise NotImplementedError
 
+    def _banked(self, slot: RotationSlot) -> BankedRotation | None:
+        """What the model's bank has for a slot; None where it does not know the rotation."""
+        bank = self._rotation_bank
+        return None if bank is None else bank.lookup(self, slot)
+
     def _rotations(self, slot: RotationSlot) -> tuple[tuple[Tensor, ...], FoldedBasis | None]:
         """Orthogonal factors [n, n] of a slot, in fp32 or better, and where to keep their products.
 
         From the model's bank where it knows them, else computed here.
         """
-        bank = self._rotation_bank
-        shared = None if bank is None else bank.lookup(self, slot)
-        if shared is not None:
-            return shared
+        banked = self._banked(slot)
+        if banked is not None:
+            return banked.with_gradients(), banked.folded
+        return self._own_rotations(slot), None
+
+    def _shared_terms(
+        self, slot: RotationSlot, basis: SpectralBasis, offset: nn.Parameter
+    ) -> SODATerms | None:
+        """Terms of an svd-left layer with ``s = S + offset`` whose gradients take the short way.
+
+        No node of the graph adds the spectrum, and one edge stands for all factors. None where the
+        bank does not have the rotation with a gradient, beside the basis.
+        """
+        banked = self._banked(slot)
+        if banked is None or banked.shared is None:
+            return None
+        singular_values, folded = basis.singular_values, banked.folded
+        assert singular_values is not None
+        device = singular_values.device
+        if offset.device != device or banked.values[0].device != device:
+            return None
+        if folded is None:
+            spectrum = (singular_values + offset).detach()
+        else:
+            spectrum = folded.shifted(singular_values, offset)
+        return SODATerms(basis, spectrum, banked.values, folded, offset, banked.shared)
+
+    def _own_rotations(self, slot: RotationSlot) -> tuple[Tensor, ...]:
+        """Orthogonal factors [n, n] of a slot, in fp32 or better, computed here."""
         if slot.sizes is None:
-            return slot.rotation, None
-        return cayley_factors(slot.rotation, slot.sizes), None
+            return slot.rotation
+        return cayley_factors(slot.rotation, slot.sizes)
 
     def _rotations_from(self) -> str:
         """Who computes the rotations in a forward pass, for ``repr``."""
@@ -77,8 +149,9 @@ class _Entry:
 
     def __init__(self, slot: RotationSlot, deferral: Deferral) -> None:
         self.slot = slot
+        self.parameters = slot.parameters
         self.values: tuple[Tensor, ...] = ()
-        self.graph: tuple[Tensor, ...] = ()
+        self.shared: SharedRotations | None = None
         self.folded = FoldedBasis(KeptGradient(deferral))
         #: Since the root's last forward began: asked for, and asked for with a gradient.
         self.was_seen = self.was_used = False
@@ -87,7 +160,7 @@ class _Entry:
 
     def current_versions(self) -> list[int]:
         """What autograd knows of changes of the slot's parameters."""
-        return [parameter._version for parameter in self.slot.rotation + self.slot.others]
+        return [parameter._version for parameter in self.parameters]
 
 
 class RotationBank:
@@ -204,20 +277,20 @@ class RotationBank:
         finally:
             self._deferral.is_on = before
 
-    def lookup(
-        self, layer: RotatedLayer, slot: RotationSlot
-    ) -> tuple[tuple[Tensor, ...], FoldedBasis | None] | None:
-        """What the bank has for a slot: its rotations, and where to keep what they are folded into.
+    def lookup(self, layer: RotatedLayer, slot: RotationSlot) -> BankedRotation | None:
+        """What the bank has for a slot.
 
         None if the bank does not know these parameters, or not what they are now.
         """
         entry = self._entries.get((id(layer), slot.key))
         if torch.compiler.is_compiling():
-            return None if entry is None or not entry.traced else (entry.traced, None)
+            if entry is None or not entry.traced:
+                return None
+            return BankedRotation(entry.traced, None, None)
         recomputing = torch._C._current_graph_task_id() != -1
         if not (recomputing or self._outermost) or torch._C._are_functorch_transforms_active():
             return None
-        if entry is None or not _same(entry.slot, slot):
+        if entry is None or not _same(entry, slot):
             self._must_scan = True
             return None
         if self._copies is None or (recomputing and not entry.values):
@@ -228,22 +301,24 @@ class RotationBank:
         if not self._is_computed:
             self._compute()
         entry.was_seen = True
-        differentiable = torch.is_grad_enabled() and any(
-            parameter.requires_grad for parameter in slot.rotation
-        )
+        training = torch.is_grad_enabled()
         folded = entry.folded if self.keep else None
         if folded is not None:
             # Never by what was called before: equal calls give equal bits.
-            folded.uses = self.accumulation_steps if torch.is_grad_enabled() else 1
-        if not differentiable:
-            return entry.values, folded
+            folded.uses = self._accumulation_steps if training else 1
+        if not training or not any([p.requires_grad for p in slot.rotation]):  # noqa: C419 (faster)
+            return BankedRotation(entry.values, None, folded)
+        if slot.sizes is None:
+            return BankedRotation(slot.rotation, None, folded)
         if recomputing and not entry.was_used:
             # A reentrant checkpoint ran without gradients, and has a graph of its own per segment.
-            return self._own_graph(entry), folded
+            return BankedRotation(entry.values, _shared([entry])[0], folded)
         entry.was_used = True
-        if not entry.graph:
-            self._make_graph()
-        return entry.graph, folded
+        if entry.shared is None:
+            for group in _by_device(self._entries.values()):
+                for member, shared in zip(group, _shared(group), strict=True):
+                    member.shared = shared
+        return BankedRotation(entry.values, entry.shared, folded)
 
     def __repr__(self) -> str:
         count = sum(len(entry.slot.rotation) for entry in self._entries.values())
@@ -315,18 +390,18 @@ class RotationBank:
         }.values():
             layer._rotation_bank = self
             for slot in layer.rotation_slots():
-                if not slot.rotation or not all(map(_is_plain, slot.rotation + slot.others)):
+                if not slot.rotation or not all(map(_is_plain, slot.parameters)):
                     continue
                 key = (id(layer), slot.key)
                 known = self._entries.get(key)
-                if known is None or not _same(known.slot, slot):
+                if known is None or not _same(known, slot):
                     known = _Entry(slot, self._deferral)
                 found[key] = known
         if found != self._entries:
             self._refuse_pending()
             self._entries = found
             slots = [entry.slot for entry in found.values()]
-            self._tracked = [p for slot in slots for p in slot.rotation + slot.others]
+            self._tracked = [p for slot in slots for p in slot.parameters]
             self._copies = None
         self._must_scan = False
 
@@ -350,8 +425,8 @@ class RotationBank:
             self._is_computed = False
             for entry in self._entries.values():
                 entry.versions = entry.current_versions()
-                entry.values = entry.graph = ()
-                entry.folded.rotated = entry.folded.weight = None
+                entry.values, entry.shared = (), None
+                entry.folded.forget()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -367,25 +442,8 @@ class RotationBank:
         for entry in self._entries.values():
             if entry.slot.sizes is None:
                 entry.values = tuple([factor.detach() for factor in entry.slot.rotation])
+        shift_together(entry.folded for entry in self._entries.values())
         self._is_computed = True
-
-    def _make_graph(self) -> None:
-        """Rotations with a gradient, for all entries: one node per device."""
-        for group in _by_device(self._entries.values()):
-            packed = [p for entry in group for p in entry.slot.rotation]
-            values = [value for entry in group for value in entry.values]
-            outputs = iter(apply(SharedCayleyFunction, values, *packed))
-            for entry in group:
-                entry.graph = tuple([next(outputs) for _ in entry.values])
-        for entry in self._entries.values():
-            if entry.slot.sizes is None:
-                entry.graph = entry.slot.rotation
-
-    def _own_graph(self, entry: _Entry) -> tuple[Tensor, ...]:
-        """The rotations of one slot with a gradient, independent of all others."""
-        if entry.slot.sizes is None:
-            return entry.slot.rotation
-        return apply(SharedCayleyFunction, list(entry.values), *entry.slot.rotation)
 
     def _trace(self) -> None:
         """One Cayley transform in a graph that is being compiled."""
@@ -430,11 +488,20 @@ def _is_plain(parameter: Tensor) -> bool:
     return not (parameter.is_meta or parameter.is_inference() or hasattr(parameter, "full_tensor"))
 
 
-def _same(known: RotationSlot, slot: RotationSlot) -> bool:
-    """Whether two slots hold the very same parameters."""
-    return len(known.rotation) == len(slot.rotation) and all(
-        old is new for old, new in zip(known[1] + known[3], slot[1] + slot[3], strict=True)
-    )
+def _shared(entries: list[_Entry]) -> list[SharedRotations]:
+    """One node of the graph for the rotations of these entries, and each entry's place in it."""
+    packed = [p for entry in entries for p in entry.slot.rotation]
+    values = [value for entry in entries for value in entry.values]
+    pool = GradientPool(len(packed))
+    token = apply(SharedCayleyFunction, pool, values, *packed)
+    firsts = accumulate((len(entry.values) for entry in entries), initial=0)
+    return [SharedRotations(token, pool, first) for _, first in zip(entries, firsts, strict=False)]
+
+
+def _same(known: _Entry, slot: RotationSlot) -> bool:
+    """Whether a slot has the very parameters that are known of it."""
+    old, new = known.parameters, slot.parameters
+    return len(old) == len(new) and all(map(is_, old, new))
 
 
 def _by_device(entries: Iterable[_Entry]) -> list[list[_Entry]]:

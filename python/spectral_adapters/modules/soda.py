@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,11 +17,13 @@ from spectral_adapters.functional import (
     DECOMPOSITIONS,
     ROTATIONS,
     FoldedBasis,
+    SODATerms,
     SpectralBasis,
+    adapted_product,
+    autocast_is_on,
     basis_dtypes,
     check_recompute,
     soda_delta_weight,
-    soda_linear,
     soda_weight,
     spectral_output,
     without_autocast,
@@ -167,11 +170,8 @@ class SODAModule(SpectralModule, RotatedLayer):
     def _method(self) -> dict[str, Any]:
         return {"decomposition": self.decomposition, "rotation": self.rotation_side}
 
-    def _terms(
-        self,
-    ) -> tuple[SpectralBasis, Tensor, tuple[Tensor, ...] | None, FoldedBasis | None]:
-        """Basis, spectral term (s, or the offset of the diagonal for "qr"), rotation factors, and
-        where products of theirs may be kept."""
+    def _terms(self) -> SODATerms:
+        """What the adapted weight is made of, as tensors that pass their gradients on."""
         if self.decomposition == "svd":
             term = self.spectrum()
         elif self.spectrum_activation == "identity":
@@ -179,7 +179,17 @@ class SODAModule(SpectralModule, RotatedLayer):
         else:
             term = self.spectrum() - self._base_spectrum()
         factors, folded = self._factors()
-        return self.basis, term, factors or None, folded
+        return SODATerms(self.basis, term, factors or None, folded)
+
+    def _product_terms(self) -> SODATerms:
+        """The terms for a product, whose gradients may take a shorter way."""
+        terms = None
+        if (self.decomposition, self.rotation_side) == ("svd", "left") and (
+            self.spectrum_activation == "identity"
+        ):
+            (slot,) = self.rotation_slots()
+            terms = self._shared_terms(slot, self.basis, self.delta)
+        return self._terms() if terms is None else terms
 
     def _base_spectrum(self) -> Tensor:
         if self.singular_values is not None:
@@ -276,15 +286,13 @@ class SODALinear(SODAModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        basis, term, factors, folded = self._terms()
-        return soda_linear(
+        check_tensor("x", x)
+        check_last_dimension("x", x, self.in_features, "the layer's in_features")
+        return adapted_product(
             x,
-            basis,
-            term,
-            factors,
+            self._product_terms(),
             self.bias,
             plan=self.plan,
-            folded=folded,
             recompute=self.recompute,
             **self._method(),
         )
@@ -405,14 +413,14 @@ class SODAConv2d(SODAModule):
         check_last_dimension("x.movedim(1, -1)", x.movedim(1, -1), self.in_channels, "channels")
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         x = pad(x, self._edges, mode=mode) if any(self._edges) else x
-        basis, term, factors, _ = self._terms()
-        result, work = basis_dtypes(x, basis)
+        basis, term, factors, *_ = self._terms()
+        result, work = basis_dtypes(x, basis, autocast_is_on(x.device.type))
         with without_autocast(x.device):
             y = self._convolve(x.to(work), basis, term, factors)
         return y.to(result)
 
     def _convolve(
-        self, x: Tensor, basis: SpectralBasis, term: Tensor, factors: tuple[Tensor, ...] | None
+        self, x: Tensor, basis: SpectralBasis, term: Tensor, factors: Sequence[Tensor] | None
     ) -> Tensor:
         """[B, in, H, W], already padded, in the working dtype -> [B, out, H', W']."""
         height, width = (
@@ -433,7 +441,8 @@ class SODAConv2d(SODAModule):
             ).movedim(-1, 1)
         # The other methods act on the coordinates of the patches themselves.
         patches = unfold(x, self.kernel_size, self.dilation, 0, self.stride).mT
-        y = soda_linear(patches, basis, term, factors, bias, plan=plan, **self._method())
+        terms = SODATerms(basis, term, factors)
+        y = adapted_product(patches, terms, bias, plan=plan, **self._method())
         return y.mT.reshape(x.shape[0], self.out_channels, height, width)
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -107,7 +107,8 @@ class FrozenFactors(nn.Module):
 
     def replaces(self, weight: Tensor) -> bool:
         """Whether the basis multiplies up to the base weight, up to the rounding of its dtype."""
-        return self.is_exact and is_at_least(self._precision, weight.dtype)
+        wanted = weight.dtype
+        return self.is_exact and (self._precision == wanted or is_at_least(self._precision, wanted))
 
     @torch.no_grad()
     def compute(self, weight: Tensor) -> Fingerprint:

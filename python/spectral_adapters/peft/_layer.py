@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, conv3d, embedding, linear
 from transformers.pytorch_utils import Conv1D
 
-from spectral_adapters.autograd import LowRankLinearFunction
+from spectral_adapters.autograd import LowRankLinearFunction, SharedRotations
 from spectral_adapters.decomposition import Factorisation, Fingerprint
 from spectral_adapters.functional import (
     SpectralBasis,
@@ -38,6 +38,14 @@ from spectral_adapters.peft._factors import (
 )
 
 _FINGERPRINT_SIZE = 161
+
+
+class LinearChange(NamedTuple):
+    """A change of low rank as :func:`spectral_adapters.functional.adapted_linear` takes it."""
+
+    function: type[torch.autograd.Function]
+    factors: tuple[Tensor, ...]
+    shared: SharedRotations | None = None
 
 
 class SpectralLayer(nn.Module, BaseTunerLayer):
@@ -129,11 +137,9 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """(down [q, in], up [out, q]) with ``W' - W0 = up @ down`` at scale 1."""
         raise NotImplementedError
 
-    def _linear_change(
-        self, adapter: str, device: torch.device
-    ) -> tuple[type[torch.autograd.Function], tuple[Tensor, ...]]:
-        """What adds the change to a linear layer's product, and the factors that it takes."""
-        return LowRankLinearFunction, self._low_rank(adapter, device)
+    def _linear_change(self, adapter: str, device: torch.device) -> LinearChange:
+        """What adds the change to a linear layer's product."""
+        return LinearChange(LowRankLinearFunction, self._low_rank(adapter, device))
 
     def _delta_matrix(self, adapter: str, device: torch.device) -> Tensor:
         """``W' - W0`` [out, in] at scale 1."""
@@ -167,13 +173,14 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         """What the base layer does, with the weight ``up @ down`` and no bias."""
         raise NotImplementedError
 
+    # Looked up at every forward pass, and so past nn.Module.__getattr__, which takes long.
     @property
     def _fingerprints(self) -> Fingerprints:
-        return getattr(self, f"{self.prefix}fingerprint")
+        return cast(Fingerprints, self._modules[self.prefix + "fingerprint"])
 
     @property
     def _factors(self) -> MutableMapping[str, FrozenFactors]:
-        return getattr(self, f"{self.prefix}factors")
+        return cast(Any, self._modules[self.prefix + "factors"])
 
     @property
     def _base_weight(self) -> nn.Parameter:
@@ -277,11 +284,15 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def _basis(self, adapter: str, device: torch.device) -> SpectralBasis:
         """The frozen factorisation of an adapter, computed and verified at first use."""
+        return self._frozen(adapter).on(device)
+
+    def _frozen(self, adapter: str) -> FrozenFactors:
+        """The frozen factors of an adapter, computed and verified at first use."""
         frozen = self._factors[adapter]
         if frozen.basis is None or adapter in self._fingerprints.unverified:
             self._prepare(adapter)
             frozen = self._factors[adapter]
-        return frozen.on(device)
+        return frozen
 
     def _prepare(self, adapter: str) -> None:
         """Compute the factors and compare them with what the adapter remembers.
@@ -567,11 +578,15 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         if args or kwargs or not self._base_is_ordinary():
             y = self.base_layer(x, *args, **kwargs)
             return y + self._use(x, self._total_delta(active), None).to(y.dtype)
-        if len(active) == 1 and self.scaling[active[0]] == 1 and self._is_exact(active[0], x):
+        base: Any = self.base_layer
+        if (
+            len(active) == 1
+            and self.scaling[active[0]] == 1
+            and self._frozen(active[0]).replaces(base.weight)
+        ):
             replaced = self._replace_base(x, active[0])
             if replaced is not None:
                 return replaced
-        base: Any = self.base_layer
         bias = getattr(base, "bias", None)
         return self._use(x, base.weight + self._total_delta(active), bias)
 
@@ -619,10 +634,6 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         for index, part in parts:
             result[index] = part
         return result
-
-    def _is_exact(self, adapter: str, x: Tensor) -> bool:
-        self._basis(adapter, x.device)
-        return self._factors[adapter].replaces(self._base_weight)
 
     def _base_is_ordinary(self) -> bool:
         """Whether the base layer may be replaced: nothing hooks into it or overrides it."""
@@ -676,6 +687,9 @@ class SpectralLinear(SpectralLayer):
         return cast(int, base.in_features), cast(int, base.out_features)
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
+        base = self.base_layer
+        if type(base) is nn.Linear:
+            return weight  # at every forward pass
         return weight.mT if isinstance(self.get_base_layer(), Conv1D) else weight
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
@@ -693,7 +707,7 @@ class SpectralLinear(SpectralLayer):
             and not (args or kwargs or len(active) > 1)
             and computes_as_written(base, x)
         ):
-            function, factors = self._linear_change(active[0], x.device)
+            function, factors, shared = self._linear_change(active[0], x.device)
             return adapted_linear(
                 function,
                 x,
@@ -701,11 +715,13 @@ class SpectralLinear(SpectralLayer):
                 scaling=self.scaling[active[0]],
                 weight=base.weight,
                 bias=base.bias,
+                shared=shared,
             )
         y = self._base_product(x, args, kwargs)
         for name in active:
-            function, factors = self._linear_change(name, y.device)
-            y = adapted_linear(function, x, factors, scaling=self.scaling[name], base=y)
+            function, factors, shared = self._linear_change(name, y.device)
+            scaling = self.scaling[name]
+            y = adapted_linear(function, x, factors, scaling=scaling, base=y, shared=shared)
         return y
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -17,11 +17,11 @@ from spectral_adapters.functional import (
     DECOMPOSITIONS,
     ROTATIONS,
     FoldedBasis,
-    SpectralBasis,
+    SODATerms,
+    adapted_product,
     cayley_factors,
     check_recompute,
     soda_delta_weight,
-    soda_linear,
 )
 from spectral_adapters.modules.soda import PARAMETRIZATIONS
 from spectral_adapters.peft._config import RANDOM_STD, SpectralConfig
@@ -155,12 +155,15 @@ class SODALayer(SpectralLayer, RotatedLayer):
     soda_delta: nn.ParameterDict
     soda_rotation: nn.ModuleDict
     factor_sizes: dict[str, Sizes]
+    #: Of the factors that have packed parameters; None for orthogonal factors.
+    _trained_sizes: dict[str, Sizes | None]
 
     def _new_containers(self) -> dict[str, Any]:
         return {
             "soda_delta": nn.ParameterDict(),
             "soda_rotation": nn.ModuleDict(),
             "factor_sizes": {},
+            "_trained_sizes": {},
         }
 
     def _resolve_factors(self, config: SODAConfig) -> Sizes:
@@ -192,6 +195,7 @@ class SODALayer(SpectralLayer, RotatedLayer):
                 nn.init.normal_(values, std=RANDOM_STD)
         if config.parametrization == "stiefel":
             packed = list(cayley_factors(packed, sizes))
+        self._trained_sizes[adapter] = tuple(sizes) if config.parametrization == "cayley" else None
         self.soda_delta[adapter] = nn.Parameter(delta)
         self.soda_rotation[adapter] = nn.ParameterList(nn.Parameter(values) for values in packed)
 
@@ -207,10 +211,8 @@ class SODALayer(SpectralLayer, RotatedLayer):
         ]
         return all(torch.equal(*pair) for pair in zip(trained, starts, strict=True))
 
-    def _terms(
-        self, adapter: str, device: torch.device
-    ) -> tuple[SpectralBasis, Tensor, tuple[Tensor, ...] | None, FoldedBasis | None]:
-        """Basis, spectral term, rotation factors, and where products of theirs may be kept."""
+    def _terms(self, adapter: str, device: torch.device) -> SODATerms:
+        """What the adapted weight is made of, as tensors that pass their gradients on."""
         config = self.configs[adapter]
         basis = self._basis(adapter, device)
         delta = self.soda_delta[adapter].to(device, accumulation_dtype(basis.left.dtype))
@@ -222,7 +224,19 @@ class SODALayer(SpectralLayer, RotatedLayer):
             diagonal = triangular.diagonal().to(delta.dtype)
             term = spectrum_activation(config.spectrum_activation, diagonal, delta) - diagonal
         factors, folded = self._rotation_factors(adapter, device)
-        return basis, term, factors, folded
+        return SODATerms(basis, term, factors, folded)
+
+    def _product_terms(self, adapter: str, device: torch.device) -> SODATerms:
+        """The terms for a product, whose gradients may take a shorter way."""
+        config, terms = self.configs[adapter], None
+        if (
+            config.spectrum_activation == "identity"
+            and config.rotation == "left"
+            and config.decomposition == "svd"
+        ):
+            slot, basis = self._slot(adapter), self._basis(adapter, device)
+            terms = self._shared_terms(slot, basis, slot.others[0])
+        return self._terms(adapter, device) if terms is None else terms
 
     def _method(self, adapter: str) -> dict[str, Any]:
         config = self.configs[adapter]
@@ -233,11 +247,12 @@ class SODALayer(SpectralLayer, RotatedLayer):
         return [self._slot(name) for name in self.active_adapters if self.factor_sizes.get(name)]
 
     def _slot(self, adapter: str) -> RotationSlot:
-        parameters = tuple(cast(nn.ParameterList, self.soda_rotation[adapter]))
-        sizes = None
-        if self.configs[adapter].parametrization == "cayley":
-            sizes = tuple([n for n in self.factor_sizes[adapter] if n > 1])
-        return RotationSlot(adapter, parameters, sizes, (self.soda_delta[adapter],))
+        # At every forward pass, and so past nn.Module.__getattr__ and ParameterDict's own lookup.
+        deltas, rotations = self._modules["soda_delta"], self._modules["soda_rotation"]
+        parameters = cast(Any, rotations)._modules[adapter]._parameters
+        delta = cast(Any, deltas)._parameters[adapter]
+        sizes = self._trained_sizes[adapter]
+        return RotationSlot(adapter, tuple(parameters.values()), sizes, (delta,))
 
     def _rotation_factors(
         self, adapter: str, device: torch.device
@@ -253,14 +268,14 @@ class SODALayer(SpectralLayer, RotatedLayer):
         return tuple([r if r.dtype == torch.float64 else r.float() for r in rotations]), folded
 
     def _delta_matrix(self, adapter: str, device: torch.device) -> Tensor:
-        basis, term, factors, _ = self._terms(adapter, device)
+        basis, term, factors, *_ = self._terms(adapter, device)
         return soda_delta_weight(basis, term, factors, **self._method(adapter))
 
     def _with_kept_weight(self, x: Tensor, adapter: str) -> Tensor | None:
         """The adapted layer without gradients, by a weight that serves several forward passes."""
         if torch.is_grad_enabled():
             return None
-        basis, term, factors, folded = self._terms(adapter, x.device)
+        basis, term, factors, folded, *_ = self._terms(adapter, x.device)
         if folded is None:
             return None
         base = self._base_weight
@@ -275,20 +290,17 @@ class Linear(SpectralLinear, SODALayer):
     """SODA on ``nn.Linear`` and ``Conv1D``."""
 
     def _replace_base(self, x: Tensor, adapter: str) -> Tensor | None:
-        basis, term, factors, folded = self._terms(adapter, x.device)
         base: Any = self.base_layer
         config = self.configs[adapter]
-        return soda_linear(
+        return adapted_product(
             x,
-            basis,
-            term,
-            factors,
+            self._product_terms(adapter, x.device),
             base.bias,
+            decomposition=config.decomposition,
+            rotation=config.rotation,
             plan=config.plan,
             base_weight=self._as_matrix(base.weight),
-            folded=folded,
             recompute=config.recompute,
-            **self._method(adapter),
         )
 
 

@@ -12,7 +12,12 @@ from spectral_adapters.autograd import SpectralALinearFunction
 from spectral_adapters.functional import low_rank_factors
 from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer
 from spectral_adapters.peft._config import RANDOM_STD
-from spectral_adapters.peft._layer import SpectralConv, SpectralEmbedding, SpectralLinear
+from spectral_adapters.peft._layer import (
+    LinearChange,
+    SpectralConv,
+    SpectralEmbedding,
+    SpectralLinear,
+)
 from spectral_adapters.peft._model import SpectralModel
 from spectral_adapters.peft._registration import register
 
@@ -51,13 +56,11 @@ class SpectralAdapterALayer(ColumnLayer):
         basis = self._basis(adapter, device)
         return low_rank_factors(basis, shifts=self._shifts(adapter, basis.left))
 
-    def _linear_change(
-        self, adapter: str, device: torch.device
-    ) -> tuple[type[torch.autograd.Function], tuple[Tensor, ...]]:
+    def _linear_change(self, adapter: str, device: torch.device) -> LinearChange:
         left, singular_values, right = self._basis(adapter, device)
         assert singular_values is not None
         shifts = self._shifts(adapter, left)
-        return SpectralALinearFunction, (left, singular_values, right, *shifts)
+        return LinearChange(SpectralALinearFunction, (left, singular_values, right, *shifts))
 
     def _shifts(self, adapter: str, like: Tensor) -> tuple[Tensor, Tensor]:
         """A_U [out, r] and A_V [in, r] on the device and in the dtype of ``like``."""

@@ -12,7 +12,12 @@ from spectral_adapters.autograd import SpectralRLinearFunction
 from spectral_adapters.functional import low_rank_factors
 from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer
 from spectral_adapters.peft._config import RANDOM_STD
-from spectral_adapters.peft._layer import SpectralConv, SpectralEmbedding, SpectralLinear
+from spectral_adapters.peft._layer import (
+    LinearChange,
+    SpectralConv,
+    SpectralEmbedding,
+    SpectralLinear,
+)
 from spectral_adapters.peft._model import SpectralModel
 from spectral_adapters.peft._registration import register
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
@@ -58,18 +63,24 @@ class SpectralAdapterRLayer(ColumnLayer, RotatedLayer):
         left, right = self._turns(adapter, device, basis.left.dtype)
         return low_rank_factors(basis, rotations=(left, right))
 
-    def _linear_change(
-        self, adapter: str, device: torch.device
-    ) -> tuple[type[torch.autograd.Function], tuple[Tensor, ...]]:
+    def _linear_change(self, adapter: str, device: torch.device) -> LinearChange:
         left, singular_values, right = self._basis(adapter, device)
         assert singular_values is not None
-        turns = self._turns(adapter, device, left.dtype)
-        return SpectralRLinearFunction, (left, singular_values, right, *turns)
+        banked = self._banked(self._slot(adapter))
+        turns: tuple[Tensor, ...]
+        if banked is None or banked.shared is None:
+            turns, shared = self._turns(adapter, device, left.dtype), None
+        else:
+            turns, shared = banked.values, banked.shared
+            if (turns[0].device, turns[0].dtype) != (device, left.dtype):
+                turns, shared = self._turns(adapter, device, left.dtype), None
+        factors = (left, singular_values, right, *turns)
+        return LinearChange(SpectralRLinearFunction, factors, shared)
 
     def _turns(
         self, adapter: str, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """R_U and R_V, orthogonal [r, r]."""
+        """R_U and R_V, orthogonal [r, r], as tensors that pass their gradients on."""
         (left, right), _ = self._rotations(self._slot(adapter))
         return left.to(device, dtype), right.to(device, dtype)
 

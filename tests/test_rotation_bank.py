@@ -715,3 +715,95 @@ def _live(model, step, number):
             model(torch.randn(3, 5))
     elif step == "replace a layer":
         model.layers[number % 3] = copy.deepcopy(layer)
+
+
+class Interrupts(torch.autograd.Function):
+    """Raises in the backward pass when told to."""
+
+    raises = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if Interrupts.raises:
+            raise KeyboardInterrupt
+        return grad
+
+
+@pytest.mark.parametrize("plan", ["tokens", "merged"])
+def test_an_interrupted_backward_leaves_nothing_to_the_next(plan):
+    model = Model(plan)
+    RotationBank.attach(model)
+    expected = gradients(Model(plan))
+
+    def run():
+        # The last layers' nodes have run when the first raises.
+        model(Interrupts.apply(tokens())).square().sum().backward()
+
+    model.zero_grad()
+    Interrupts.raises = True
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    Interrupts.raises = False
+    model.zero_grad()
+    run()
+    assert_same([p.grad for p in trained(model)], expected)
+
+
+@pytest.mark.parametrize("plan", ["tokens", "factored", "merged"])
+def test_two_sets_of_parameters_in_one_backward(plan):
+    models = [Model(plan), Model(plan)]
+    RotationBank.attach(models[1])
+    for model in models:
+        first = model(tokens(0)).square().sum()
+        with torch.no_grad():
+            for parameter in trained(model):
+                # Without a version counter, which would forbid the first graph's backward.
+                parameter.data = parameter.data + 0.1
+        (first + model(tokens(1)).square().sum()).backward()
+    assert_same(*([p.grad for p in trained(model)] for model in models))
+
+
+def test_a_graph_run_backward_twice_gives_its_gradients_twice():
+    model = Model()
+    RotationBank.attach(model)
+    once = gradients(model)
+    model.zero_grad()
+    loss = model(tokens()).square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_same([p.grad for p in trained(model)], [2 * grad for grad in once])
+
+
+def test_gradients_of_a_few_inputs_alone():
+    """Nothing is computed for, or left in the pool by, what was not asked for."""
+    model, reference = Model(), Model()
+    RotationBank.attach(model)
+    for pick in (lambda m, x: [x], lambda m, x: [m.layers[1].rotation[0]], lambda m, x: trained(m)):
+        found = []
+        for each in (model, reference):
+            x = tokens()
+            found.append(torch.autograd.grad(each(x).square().sum(), pick(each, x)))
+        assert_same(*found)
+
+
+def test_one_edge_stands_for_all_factors_of_a_layer():
+    """The short way is taken: no node adds a spectrum, none hands out single rotations."""
+    model = Model("tokens")
+    RotationBank.attach(model)
+    names, pending = Counter(), [model(tokens()).sum().grad_fn]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names[node.name()] += 1
+        pending += [parent for parent, _ in node.next_functions]
+    assert names["SharedCayleyFunctionBackward"] == 1
+    assert names["SODALinearFunctionBackward"] == 4  # one of three layers is called twice
+    # The adapter R of a model without PEFT takes its rotations as tensors.
+    assert names["LayerRotationsFunctionBackward"] == 1

@@ -370,3 +370,26 @@ def test_bad_weights_and_inputs_are_named():
         conv(torch.randn(4, 8))
     with pytest.raises(ValueError, match="channels"):
         conv(torch.randn(1, 3, 8, 8))
+
+
+def test_parametrised_parameters_are_found():
+    """What ``torch.nn.utils.parametrize`` puts in a parameter's place is used instead of it."""
+
+    class Half(torch.nn.Module):
+        def forward(self, values):
+            return values / 2
+
+    layer = randomise(SODALinear(24, 20))
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in (expected.delta, *expected.rotation):
+            parameter.div_(2)
+    torch.nn.utils.parametrize.register_parametrization(layer, "delta", Half())
+    for name in list(layer.rotation._parameters):
+        torch.nn.utils.parametrize.register_parametrization(layer.rotation, name, Half())
+    x = torch.randn(5, 24)
+    assert_near(layer(x), expected(x).double())
+    layer(x).square().sum().backward()
+    expected(x).square().sum().backward()
+    found = layer.parametrizations["delta"].original.grad
+    assert_near(found, expected.delta.grad.double() / 2, factor=3)

@@ -116,10 +116,10 @@ class RotatedLayer:
     ) -> SODATerms | None:
         """Terms of an svd-left layer with ``s = S + offset`` whose gradients take the short way.
 
-        No node of the graph adds the spectrum, and one edge stands for all factors. None where the
-        bank does not have the rotation with a gradient, beside the basis.
+        No node of the graph adds the spectrum, and one edge stands for all factors. None where
+        there is no gradient, others trace or transform, or basis and rotation lie apart.
         """
-        banked = self._banked(slot)
+        banked = self._banked(slot) or _alone(slot)
         if banked is None or banked.shared is None:
             return None
         singular_values, folded = basis.singular_values, banked.folded
@@ -128,7 +128,8 @@ class RotatedLayer:
         if offset.device != device or banked.values[0].device != device:
             return None
         if folded is None:
-            spectrum = (singular_values + offset).detach()
+            with torch.no_grad():
+                spectrum = singular_values + offset.to(singular_values.dtype)
         else:
             spectrum = folded.shifted(singular_values, offset)
         return SODATerms(basis, spectrum, banked.values, folded, offset, banked.shared)
@@ -496,6 +497,25 @@ def _shared(entries: list[_Entry]) -> list[SharedRotations]:
     token = apply(SharedCayleyFunction, pool, values, *packed)
     firsts = accumulate((len(entry.values) for entry in entries), initial=0)
     return [SharedRotations(token, pool, first) for _, first in zip(entries, firsts, strict=False)]
+
+
+def _alone(slot: RotationSlot) -> BankedRotation | None:
+    """What a bank would have for a slot that has none, for this call."""
+    packed = slot.rotation
+    if (
+        slot.sizes is None
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or not torch.is_grad_enabled()
+        or not any([p.requires_grad for p in packed])  # noqa: C419 (faster)
+        or not all(map(_is_plain, packed))
+    ):
+        return None
+    with torch.no_grad():
+        values = tuple(cayley_factors(packed, slot.sizes))
+    pool = GradientPool(len(packed))
+    token = apply(SharedCayleyFunction, pool, list(values), *packed)
+    return BankedRotation(values, SharedRotations(token, pool, 0), None)
 
 
 def _same(known: _Entry, slot: RotationSlot) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,9 +123,16 @@ class SODAModule(SpectralModule, RotatedLayer):
 
     def rotation_slots(self) -> list[RotationSlot]:
         """The layer's rotation, for a :class:`spectral_adapters.rotation_bank.RotationBank`."""
+        return [self._slot()] if self.factor_sizes else []
+
+    def _slot(self) -> RotationSlot:
+        # At every forward pass, and so past nn.Module.__getattr__.
+        delta = self._parameters.get("delta")
+        rotation = tuple(cast(Any, self._modules["rotation"])._parameters.values())
+        if delta is None or len(rotation) != len(self.factor_sizes):
+            delta, rotation = self.delta, tuple(self.rotation)  # parametrised by somebody
         sizes = None if self.parametrization == "stiefel" else self.factor_sizes
-        slot = RotationSlot("", tuple(self.rotation), sizes, (self.delta,))
-        return [slot] if self.factor_sizes else []
+        return RotationSlot("", rotation, sizes, (delta,))
 
     def _factors(self) -> tuple[tuple[Tensor, ...], FoldedBasis | None]:
         """The orthogonal factors, and where products of theirs may be kept."""
@@ -187,8 +194,8 @@ class SODAModule(SpectralModule, RotatedLayer):
         if (self.decomposition, self.rotation_side) == ("svd", "left") and (
             self.spectrum_activation == "identity"
         ):
-            (slot,) = self.rotation_slots()
-            terms = self._shared_terms(slot, self.basis, self.delta)
+            slot = self._slot()
+            terms = self._shared_terms(slot, self.basis, slot.others[0])
         return self._terms() if terms is None else terms
 
     def _base_spectrum(self) -> Tensor:

@@ -816,15 +816,19 @@ def adapted_linear(
     """
     tail: tuple[Any, ...] = () if shared is None else (shared.token, shared)
     tail = (float(scaling), *tail)
-    result, work = product_dtypes(x, factors[0])
-    own = work if weight is None else product_dtypes(x, weight)[1]
+    is_autocast = autocast_is_on(x.device.type)
+    result = _result_dtype(x, is_autocast)
+    work = _work_dtype(x, result, factors[0])
+    own = work if weight is None else _work_dtype(x, result, weight)
     change: Tensor
-    with without_autocast(x.device):
+    with _no_autocast(x.device) if is_autocast else nullcontext():
         if weight is not None:
             # A weight that is trained itself needs a product of its own, which has its gradient.
             if result == work == own and not weight.requires_grad:
-                weight = weight.to(work)  # here: what the op would do again in its backward
-                change, _ = apply(function, x.to(work), None, weight, bias, *factors, *tail)
+                if weight.dtype != work:
+                    weight = weight.to(work)  # here: what the op would do again in its backward
+                x = x if x.dtype == work else x.to(work)
+                change, _ = apply(function, x, None, weight, bias, *factors, *tail)
                 return change
             bias = None if bias is None else bias.to(own)
             base = linear(x.to(own), weight.to(own), bias).to(result)
@@ -949,9 +953,13 @@ def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]
     is only a storage format, they run in the wider of it and the weight's.
     """
     result = _result_dtype(x, autocast_is_on(x.device.type))
+    return result, _work_dtype(x, result, weight)
+
+
+def _work_dtype(x: Tensor, result: torch.dtype, weight: Tensor) -> torch.dtype:
     if result == weight.dtype or x.device.type != "cpu":
-        return result, result
-    return result, torch.promote_types(result, weight.dtype)
+        return result
+    return torch.promote_types(result, weight.dtype)
 
 
 def basis_dtypes(

@@ -64,8 +64,11 @@ class SpectralAdapterALayer(ColumnLayer):
 
     def _shifts(self, adapter: str, like: Tensor) -> tuple[Tensor, Tensor]:
         """A_U [out, r] and A_V [in, r] on the device and in the dtype of ``like``."""
-        left = self.spectral_adapter_a_left[adapter].to(like)
-        return left, self.spectral_adapter_a_right[adapter].to(like)
+        left = self.spectral_adapter_a_left[adapter]
+        right = self.spectral_adapter_a_right[adapter]
+        if left.device == like.device and left.dtype == right.dtype == like.dtype:
+            return left, right
+        return left.to(like), right.to(like)
 
 
 class Linear(SpectralLinear, SpectralAdapterALayer):

@@ -58,7 +58,7 @@ def dense_soda_weight(layer: nn.Module) -> Tensor:
             return left @ rotation @ torch.diag(spectrum) @ right
         weight = left @ torch.diag(spectrum) @ right
         return weight if rotation is None else weight @ rotation.mT
-    triangular = right if layer.rotation_side != "right" else left
+    triangular = right if layer.rotation_side == "left" else left
     offset = spectrum - triangular.diagonal()
     if layer.rotation_side == "left":
         diagonal = torch.zeros_like(right).index_put((torch.arange(rank),) * 2, offset)

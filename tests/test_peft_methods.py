@@ -942,6 +942,7 @@ def test_the_export_list_is_frozen():
         "SVDiffConfig",
         "SpectralAdapterAConfig",
         "SpectralAdapterRConfig",
+        "absorb",
         "export_lora",
         "load_adapter",
         "merge_and_unload",

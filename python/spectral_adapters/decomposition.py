@@ -53,7 +53,7 @@ def decompose(weight: Tensor, decomposition: str, rotation: str | None) -> Spect
     Args:
         weight: [out, in], finite, any floating dtype; its exact bits are decomposed in float64.
         decomposition: "svd" or "qr".
-        rotation: "left", "right" or None; "qr" with "right" is the LQ factorisation.
+        rotation: "left", "right" or None; "qr" is the LQ factorisation except with "left".
 
     Raises:
         TypeError, ValueError: not a finite floating-point matrix with data, or an unknown option.
@@ -67,9 +67,9 @@ def decompose(weight: Tensor, decomposition: str, rotation: str | None) -> Spect
     singular_values = None
     if decomposition == "svd":
         left, singular_values, right = torch.linalg.svd(exact, full_matrices=False)
-        signs = _canonical_signs(left)
+        signs = canonical_signs(left)
         left, right = left * signs, right * signs[:, None]
-    elif rotation == "right":
+    elif rotation != "left":
         q, r = _positive_qr(exact.mT)
         left, right = r.mT, q.mT
     else:
@@ -181,7 +181,7 @@ def decompose_columns(
     else:
         left, singular_values, right = torch.linalg.svd(exact, full_matrices=False)
     left, singular_values, right = left[:, chosen], singular_values[chosen], right[chosen]
-    signs = _canonical_signs(left)
+    signs = canonical_signs(left)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return SpectralBasis(
         (left * signs).to(dtype).contiguous(),
@@ -233,10 +233,10 @@ class WholeFactorisation:
     def of(
         cls, decomposition: str, rotation: str | None, basis_dtype: str = "float32"
     ) -> WholeFactorisation:
-        """Rotations do not matter for an SVD; "qr" is LQ for a right one."""
+        """Rotations do not matter for an SVD; "qr" is LQ except for a left one."""
         if decomposition == "svd":
             return cls("svd", basis_dtype)
-        return cls("lq" if rotation == "right" else "qr", basis_dtype)
+        return cls("qr" if rotation == "left" else "lq", basis_dtype)
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         rank = min(rows, columns)
@@ -303,7 +303,7 @@ def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return q * signs, r * signs[:, None]
 
 
-def _canonical_signs(left: Tensor) -> Tensor:
+def canonical_signs(left: Tensor) -> Tensor:
     """+1 or -1 per column [k]: makes the first entry of (nearly) largest magnitude positive."""
     magnitude = left.abs()
     is_largest = magnitude >= (1 - _SIGN_TIE) * magnitude.amax(dim=0)
@@ -331,6 +331,18 @@ class Fingerprint:
         """Fingerprint of a base ``weight`` [out, in] (in its own dtype) and its factorisation."""
         sketch = torch.stack([_sketch(basis.left, 0), _sketch(basis.right, 1)])
         return cls(_hash_values(weight), weight.dtype, sketch.float().cpu())
+
+    def after(self, trained: Iterable[Tensor], basis: SpectralBasis) -> Fingerprint:
+        """Of the base that has absorbed an adapter with these parameters, whose ``basis`` it has.
+
+        What stands for the weight is made of its own hash and of what was absorbed, so that whoever
+        absorbs the same adapter has the same, while the last bits of the weight may differ.
+        """
+        digest = hashlib.sha256(bytes.fromhex(self.weight))
+        for values in trained:
+            digest.update(bytes.fromhex(_hash_values(values)))
+        sketch = torch.stack([_sketch(basis.left, 0), _sketch(basis.right, 1)])
+        return Fingerprint(digest.hexdigest(), self.base_dtype, sketch.float().cpu())
 
     def to_tensor(self) -> Tensor:
         """Pack into one uint8 tensor [161], for state dicts and safetensors."""

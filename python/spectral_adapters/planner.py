@@ -129,7 +129,7 @@ def plan_costs(
     # as kept, so that a layer takes equal plans with and without a bank.
     again = min(tokens, basis_rows)
     builds = 1.0
-    if decomposition == "qr" and rotation == "right":
+    if decomposition == "qr" and rotation != "left":
         # W0 + diag(delta) Q is elementwise; only a layer that has no W0 pays one product for it.
         builds = 0.0 if has_base else 1.0
     costs = {
@@ -140,7 +140,7 @@ def plan_costs(
         "tokens": token_products + tokens * turn + 3 * rates.call,
     }
     if backward:
-        contractions = 0.0 if decomposition == "qr" and rotation == "right" else 1.0
+        contractions = 0.0 if decomposition == "qr" and rotation != "left" else 1.0
         # A left rotation's gradient is that of the basis, a right one turns the weight's back.
         turned_back = out_features * turn if rotation == "right" else 0.0
         costs["factored"] += products + again * turn + tokens * gram + 3 * rates.call

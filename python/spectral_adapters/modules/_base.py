@@ -42,11 +42,13 @@ class SpectralModule(nn.Module):
         self.register_state_dict_post_hook(_leave_out_frozen)
 
     def _set_basis(self, weight: Tensor, basis: SpectralBasis) -> None:
+        self._replace_basis(basis, Fingerprint.of(weight, basis))
+
+    def _replace_basis(self, basis: SpectralBasis, fingerprint: Fingerprint) -> None:
         for name, value in zip(SpectralBasis._fields, basis, strict=True):
             frozen = None if value is None else nn.Parameter(value, requires_grad=False)
             self.register_parameter(name, frozen)
-        fingerprint = Fingerprint.of(weight, basis).to_tensor().to(weight.device)
-        self.register_buffer("fingerprint", fingerprint)
+        self.register_buffer("fingerprint", fingerprint.to_tensor().to(basis.left.device))
 
     @property
     def basis(self) -> SpectralBasis:

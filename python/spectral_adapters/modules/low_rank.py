@@ -8,8 +8,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from spectral_adapters.absorption import absorbed_columns
 from spectral_adapters.autograd import SpectralALinearFunction, SpectralRLinearFunction
-from spectral_adapters.decomposition import decompose_columns, round_to_dtype, select_columns
+from spectral_adapters.decomposition import (
+    Fingerprint,
+    decompose_columns,
+    round_to_dtype,
+    select_columns,
+)
 from spectral_adapters.functional import adapted_linear, low_rank_factors
 from spectral_adapters.modules._base import SpectralModule, computes_as_written
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
@@ -219,6 +225,28 @@ class SpectralAdapterRLinear(SpectralAdapterLinear, RotatedLayer):
         """Both rotations, for a :class:`spectral_adapters.rotation_bank.RotationBank`."""
         r = len(self.columns)
         return [RotationSlot("", (self.rotation_left, self.rotation_right), (r, r))]
+
+    @torch.no_grad()
+    def absorb(self) -> Self:
+        """Make the adapted weight the base weight, and start again at the identity.
+
+        The rotated columns are singular vectors of the adapted weight
+        (:func:`spectral_adapters.absorption.absorbed_columns`), so nothing is decomposed. The
+        linear layer that this one was made from keeps its weight. An optimizer's state belongs to
+        the old parameters and should be made anew.
+
+        Returns:
+            The layer itself.
+        """
+        weight = self.merged_weight().to(self.base.weight.dtype)
+        basis = absorbed_columns(self.basis, self.rotations())
+        trained = (self.rotation_left, self.rotation_right)
+        before = Fingerprint.from_tensor(self.fingerprint)
+        self._replace_basis(basis, before.after(trained, basis))
+        self.base.weight = nn.Parameter(weight, requires_grad=False)
+        for packed in trained:
+            packed.zero_()
+        return self
 
     def _trained(self) -> tuple[Tensor, Tensor]:
         return self.rotations()

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad, unfold
 
 from spectral_adapters._validation import check_choice, check_last_dimension, check_tensor
+from spectral_adapters.absorption import absorbed_basis
 from spectral_adapters.activations import SPECTRUM_ACTIVATIONS, spectrum_activation
-from spectral_adapters.decomposition import BASIS_DTYPES, WholeFactorisation, round_to_dtype
+from spectral_adapters.decomposition import (
+    BASIS_DTYPES,
+    Fingerprint,
+    WholeFactorisation,
+    round_to_dtype,
+)
 from spectral_adapters.factors import resolve_factors
 from spectral_adapters.functional import (
     DECOMPOSITIONS,
@@ -34,6 +40,13 @@ from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 from spectral_kernels.ops.kron import accumulation_dtype
 
 PARAMETRIZATIONS = ("cayley", "stiefel")
+
+
+def reset_rotation(parameter: Tensor) -> None:
+    """The identity: a skew matrix of zeros, packed, or an orthogonal factor [n, n]."""
+    parameter.zero_()
+    if parameter.dim() == 2:
+        parameter.fill_diagonal_(1)
 
 
 class SODAModule(SpectralModule, RotatedLayer):
@@ -148,6 +161,29 @@ class SODAModule(SpectralModule, RotatedLayer):
         """The dense adapted weight ``W'`` in the base weight's shape, differentiable."""
         return soda_weight(*self._terms()[:3], **self._method()).reshape(self._weight_shape())
 
+    @torch.no_grad()
+    def absorb(self) -> Self:
+        """Make the adapted weight the base weight, and start again at the identity.
+
+        The rotation and the spectrum go into the frozen basis, without a decomposition
+        (:func:`spectral_adapters.absorption.absorbed_basis`); the layer computes what it did. An
+        optimizer's state belongs to the old parameters and should be made anew. Without its factors
+        a state dict of what is trained from here loads onto a layer that has absorbed the same. The
+        basis is in fp32 or better from here on.
+
+        Returns:
+            The layer itself.
+        """
+        terms = self._terms()
+        basis = absorbed_basis(*terms[:3], **self._method())
+        trained = [self.delta, *self.rotation]
+        before = Fingerprint.from_tensor(self.fingerprint)
+        self._replace_basis(basis, before.after(trained, basis))
+        self.delta.zero_()
+        for parameter in self.rotation:
+            reset_rotation(parameter)
+        return self
+
     def plan_for(self, tokens: int) -> PlanChoice:
         """The plan that a training step over ``tokens`` rows would take, with the cost of each."""
         return choose_plan(
@@ -201,7 +237,7 @@ class SODAModule(SpectralModule, RotatedLayer):
     def _base_spectrum(self) -> Tensor:
         if self.singular_values is not None:
             return self.singular_values
-        triangular = self.right if self.rotation_side != "right" else self.left
+        triangular = self.right if self.rotation_side == "left" else self.left
         return triangular.diagonal().to(self.delta.dtype)
 
 

@@ -6,6 +6,7 @@
 The import is needed before loading an adapter as well.
 """
 
+from spectral_adapters.peft._absorb import absorb
 from spectral_adapters.peft._export import LoRAExport, export_lora, merge_and_unload, to_lora
 from spectral_adapters.peft._folder import load_adapter, restore_adapter, save_adapter
 from spectral_adapters.peft._model import refresh_factors
@@ -23,6 +24,7 @@ __all__ = [
     "SVDiffConfig",
     "SpectralAdapterAConfig",
     "SpectralAdapterRConfig",
+    "absorb",
     "export_lora",
     "load_adapter",
     "merge_and_unload",

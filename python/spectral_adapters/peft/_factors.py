@@ -124,6 +124,13 @@ class FrozenFactors(nn.Module):
         self.is_stale = False
         return self.fingerprint
 
+    def absorb(self, basis: SpectralBasis, fingerprint: Fingerprint) -> None:
+        """Be the factorisation of the weight that the base weight was just made, unless that is
+        replaced again."""
+        self.basis, self.fingerprint = basis, fingerprint
+        self._precision = basis.left.dtype
+        self.is_exact, self.is_stale = True, False
+
     @torch.no_grad()
     def compare(self, weight: Tensor, recorded: Fingerprint | None) -> None:
         """Find out whether factors from a checkpoint are those of the base weight [out, in]."""

@@ -29,6 +29,7 @@ from spectral_adapters.functional import (
     without_autocast,
 )
 from spectral_adapters.modules._base import computes_as_written, is_hooked
+from spectral_adapters.modules.soda import reset_rotation
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
 from spectral_adapters.peft._factors import (
     Fingerprints,
@@ -80,6 +81,9 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     #: Whether the change of the weight has a low rank and is added to what the base layer gives, so
     #: that the base's weight is not needed at every step and may be quantised.
     is_low_rank: ClassVar[bool] = False
+
+    #: Whether the method knows the factorisation of the weight that it makes.
+    _can_absorb: ClassVar[bool] = False
 
     #: The configs by adapter name, of the method's own type.
     configs: dict[str, Any]
@@ -492,6 +496,57 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         device = self._base_weight.device
         with without_autocast(device):
             return self.scaling[adapter] * self._as_weight(self._delta_matrix(adapter, device))
+
+    def _absorbed(self, adapter: str, device: torch.device) -> SpectralBasis:
+        """The frozen factorisation of the adapted weight; called if ``_can_absorb``."""
+        raise NotImplementedError
+
+    def check_absorbable(self, adapter: str) -> None:
+        """Raise what :meth:`absorb` would, and change nothing."""
+        frozen = self._frozen(adapter)
+        if not self._can_absorb:
+            raise TypeError(
+                f"{self.name}: a {self.configs[adapter].method} adapter cannot be absorbed, since "
+                "the factorisation of its adapted weight is not known; merge the adapter instead"
+            )
+        if self.merged:
+            problem = f"{self.merged_adapters} are merged; unmerge them first"
+        elif len(self.configs) > 1:
+            others = sorted(name for name in self.configs if name != adapter)
+            problem = f"{others} belong to the base weight as it is; delete them first"
+        elif self.scaling[adapter] != 1:
+            problem = f"its scale is {self.scaling[adapter]}, not 1"
+        elif self.quantization_backend is not None:
+            problem = "the base weight is quantised and cannot hold the adapted one"
+        elif is_sharded(self._base_weight):
+            problem = "the base weight is sharded"
+        elif not frozen.is_exact or frozen.fingerprint is None:
+            problem = "its factors are not those of the base weight as it is here"
+        else:
+            return
+        raise ValueError(f"{self.name}: the adapter {adapter!r} cannot be absorbed: {problem}")
+
+    @torch.no_grad()
+    def absorb(self, adapter: str) -> None:
+        """Make the adapted weight the base weight and start the adapter again at the identity.
+
+        See :func:`spectral_adapters.peft.absorb`.
+
+        Raises:
+            TypeError: the method does not know the adapted weight's factorisation.
+            ValueError: adapters are merged, there are others beside this one, its scale is not 1,
+                the base weight is sharded or quantised, or not what its factors are of.
+        """
+        self.check_absorbable(adapter)
+        frozen, weight = self._factors[adapter], self._base_weight
+        assert frozen.fingerprint is not None
+        basis, trained = self._absorbed(adapter, weight.device), self._trained(adapter)
+        after = frozen.fingerprint.after(trained, basis)
+        weight.copy_(weight + self.get_delta_weight(adapter))
+        frozen.absorb(basis, after)
+        self._fingerprints[adapter] = after.to_tensor().to(weight.device)
+        for parameter in trained:
+            reset_rotation(parameter)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

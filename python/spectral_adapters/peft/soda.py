@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_adapters._validation import check_choice
+from spectral_adapters.absorption import absorbed_basis
 from spectral_adapters.activations import SPECTRUM_ACTIVATIONS, spectrum_activation
 from spectral_adapters.decomposition import BASIS_DTYPES, WholeFactorisation
 from spectral_adapters.factors import resolve_factors
@@ -18,6 +19,7 @@ from spectral_adapters.functional import (
     ROTATIONS,
     FoldedBasis,
     SODATerms,
+    SpectralBasis,
     adapted_product,
     cayley_factors,
     check_recompute,
@@ -151,6 +153,7 @@ class SODALayer(SpectralLayer, RotatedLayer):
 
     prefix = "soda_"
     adapter_layer_names = ("soda_delta", "soda_rotation")
+    _can_absorb = True
 
     soda_delta: nn.ParameterDict
     soda_rotation: nn.ModuleDict
@@ -220,7 +223,7 @@ class SODALayer(SpectralLayer, RotatedLayer):
         if basis.singular_values is not None:
             term = spectrum_activation(config.spectrum_activation, basis.singular_values, delta)
         elif config.spectrum_activation != "identity":
-            triangular = basis.left if config.rotation == "right" else basis.right
+            triangular = basis.right if config.rotation == "left" else basis.left
             diagonal = triangular.diagonal().to(delta.dtype)
             term = spectrum_activation(config.spectrum_activation, diagonal, delta) - diagonal
         factors, folded = self._rotation_factors(adapter, device)
@@ -270,6 +273,10 @@ class SODALayer(SpectralLayer, RotatedLayer):
     def _delta_matrix(self, adapter: str, device: torch.device) -> Tensor:
         basis, term, factors, *_ = self._terms(adapter, device)
         return soda_delta_weight(basis, term, factors, **self._method(adapter))
+
+    def _absorbed(self, adapter: str, device: torch.device) -> SpectralBasis:
+        terms = self._terms(adapter, device)
+        return absorbed_basis(*terms[:3], **self._method(adapter))
 
     def _with_kept_weight(self, x: Tensor, adapter: str) -> Tensor | None:
         """The adapted layer without gradients, by a weight that serves several forward passes."""

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from spectral_adapters.absorption import absorbed_columns
 from spectral_adapters.autograd import SpectralRLinearFunction
-from spectral_adapters.functional import low_rank_factors
+from spectral_adapters.functional import SpectralBasis, low_rank_factors
 from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer
 from spectral_adapters.peft._config import RANDOM_STD
 from spectral_adapters.peft._layer import (
@@ -41,6 +42,7 @@ class SpectralAdapterRLayer(ColumnLayer, RotatedLayer):
 
     prefix = "spectral_adapter_r_"
     adapter_layer_names = ("spectral_adapter_r_left", "spectral_adapter_r_right")
+    _can_absorb = True
 
     spectral_adapter_r_left: nn.ParameterDict
     spectral_adapter_r_right: nn.ParameterDict
@@ -76,6 +78,10 @@ class SpectralAdapterRLayer(ColumnLayer, RotatedLayer):
                 turns, shared = self._turns(adapter, device, left.dtype), None
         factors = (left, singular_values, right, *turns)
         return LinearChange(SpectralRLinearFunction, factors, shared)
+
+    def _absorbed(self, adapter: str, device: torch.device) -> SpectralBasis:
+        basis = self._basis(adapter, device)
+        return absorbed_columns(basis, self._turns(adapter, device, basis.left.dtype))
 
     def _turns(
         self, adapter: str, device: torch.device, dtype: torch.dtype

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_adapters._validation import check_choice
+from spectral_adapters.absorption import absorbed_basis
 from spectral_adapters.activations import SPECTRUM_ACTIVATIONS, spectrum_activation
 from spectral_adapters.decomposition import BASIS_DTYPES, WholeFactorisation
 from spectral_adapters.functional import SpectralBasis, soda_delta_weight, soda_linear
@@ -59,6 +60,7 @@ class SVDiffLayer(SpectralLayer):
 
     prefix = "svdiff_"
     adapter_layer_names = ("svdiff_delta",)
+    _can_absorb = True
 
     svdiff_delta: nn.ParameterDict
 
@@ -85,6 +87,9 @@ class SVDiffLayer(SpectralLayer):
         delta = self.svdiff_delta[adapter].to(device, accumulation_dtype(basis.left.dtype))
         name = self.configs[adapter].spectrum_activation
         return basis, spectrum_activation(name, basis.singular_values, delta)
+
+    def _absorbed(self, adapter: str, device: torch.device) -> SpectralBasis:
+        return absorbed_basis(*self._terms(adapter, device), None, **_METHOD)
 
     def _delta_matrix(self, adapter: str, device: torch.device) -> Tensor:
         return soda_delta_weight(*self._terms(adapter, device), **_METHOD)

@@ -18,6 +18,7 @@ LAYERS = [
     {"factors", "activations", "planner", "autograd"},
     {"functional"},
     {"decomposition", "rotation_bank"},
+    {"absorption"},
     {"modules", "optim"},
     {"peft"},
     {"diffusers"},

@@ -93,12 +93,12 @@ def finished(base, pictures, tmp_path_factory):
 
 def test_run_writes_adapter_state_report_and_sheets(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
+        "checkpoints",
         "report.json",
         "report.md",
         "run.json",
         "samples",
         "sheet.png",
-        "state",
         "unet",
     ]
     names = [path.name for path in sorted((finished / "samples").iterdir())]
@@ -202,8 +202,7 @@ def test_interrupted_and_resumed_is_uninterrupted(base, pictures, tmp_path, monk
     monkeypatch.setattr(trainer.Trainer, "_step", interrupted_step)
     assert cli.main(arguments(base, pictures, broken, *more)) == 130
     monkeypatch.setattr(trainer.Trainer, "_step", step)
-    progress = torch.load(broken / "state" / "custom_checkpoint_0.pkl")
-    assert progress["step"] == 4
+    assert [path.name for path in (broken / "checkpoints").iterdir()] == ["step-00000004"]
     assert not (broken / "report.json").exists()
     assert any(
         not torch.equal(values, trained(straight)[name]) for name, values in trained(broken).items()
@@ -233,11 +232,11 @@ def test_sigterm_in_another_process_leaves_a_usable_adapter(base, pictures, tmp_
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     waited = threading.Event()
-    while not (output / "state").exists() and child.poll() is None:
+    while not list(output.glob("checkpoints/step-*")) and child.poll() is None:
         waited.wait(0.1)
     child.send_signal(signal.SIGTERM)
     out, err = child.communicate(timeout=60)
-    assert child.returncode == 130, err
+    assert child.returncode == 128 + signal.SIGTERM, err
     assert f"spectral-adapters personalize --resume --output {output}" in out
     assert "Traceback" not in err
     assert trained(output)

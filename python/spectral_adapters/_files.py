@@ -12,8 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-#: How files of pickles begin: archives of torch.save, and pickles of protocol 2 and later.
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
@@ -101,11 +99,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         beside = f"; {refusal(sorted(others)[0])}" if others else ""
         raise FileNotFoundError(f"{path} does not exist{beside}")
     content = path.read_bytes()
-    if path.suffix in PICKLE_SUFFIXES or content.startswith(PICKLE_STARTS):
+    if path.suffix in PICKLE_SUFFIXES:
         raise ValueError(refusal(path))
     try:
         return load(content)
     except SafetensorError as error:
+        # An archive of torch.save, or a bare pickle.
+        is_pickle = content[:1] == b"\x80" and content[-1:] == b"."
+        if is_pickle or content.startswith(b"PK\x03\x04"):
+            raise ValueError(refusal(path)) from error
         raise ValueError(
             f"{path} is no whole safetensors file ({error}): it was cut off, changed, or is "
             "something else; take another copy of it, or an earlier checkpoint"

@@ -218,7 +218,7 @@ def test_interrupted_and_resumed_is_uninterrupted(base, pictures, tmp_path, monk
 
 
 def test_resumed_from_every_step_is_uninterrupted(base, pictures, tmp_path):
-    """With all that a step draws: accumulation, prior images, captions left out, mirrored images."""
+    """With all that a step draws: accumulation, prior images, dropped captions, mirrored images."""
     straight = tmp_path / "straight"
     more = ("--parametrization=stiefel", "--gradient-accumulation=2", "--caption-dropout=0.3")
     more += ("--prior-images=3", "--prior-caption=red", "--flip", "--target-modules", "attention")

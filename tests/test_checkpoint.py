@@ -231,6 +231,35 @@ def test_everything_trained_is_saved(tmp_path):
     assert_same(dict(model.named_parameters()), dict(other.named_parameters()))
 
 
+def test_prepared_objects_are_taken_as_they_are(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+
+    def prepared():
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = adapted_model("stiefel")
+        optimizer = StiefelAdam(stiefel_param_groups(model), lr=0.05)
+        return accelerator, accelerator.prepare(model, optimizer, warm_up_then_cosine(optimizer))
+
+    def train(accelerator, parts, steps):
+        model, optimizer, scheduler = parts
+        for _ in range(steps):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.randn(5, 6)).square().mean())
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+
+    accelerator, parts = prepared()
+    train(accelerator, parts, 4)
+    path = save_checkpoint(tmp_path, *parts, step=4)
+    train(accelerator, parts, 4)
+    again, resumed = prepared()
+    assert load_checkpoint(path, *resumed).step == 4
+    train(again, resumed, 4)
+    assert_same(dict(parts[0].named_parameters()), dict(resumed[0].named_parameters()))
+    assert parts[2].get_last_lr() == resumed[2].get_last_lr()
+
+
 def plain_model(scale=0.0):
     torch.manual_seed(4)
     layer = SODALinear.from_linear(nn.Linear(6, 6), parametrization="stiefel")
@@ -743,6 +772,19 @@ def test_adapter_of_another_base_is_refused(two, tmp_path):
 TOGETHER = 5
 
 
+@contextlib.contextmanager
+def full_disk(full):
+    """A disk that is full, or not."""
+
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patched:
+        if full:
+            patched.setattr(os, "fsync", no_space)
+        yield
+
+
 def small_model():
     return nn.Sequential(nn.Dropout(0.2), plain_model()[2], nn.Linear(6, 3))
 
@@ -770,7 +812,11 @@ def worker(folder, rank, dying, point):
         if step == 4 and rank == dying and point == "save":
             # Amid the files of the checkpoint.
             die_at_change(folder / "checkpoints", 9)
-        save_checkpoint(folder / "checkpoints", model, optimizer, step=step, keep=2)
+        with full_disk(point == "full" and rank == dying and step == 3):
+            try:
+                save_checkpoint(folder / "checkpoints", model, optimizer, step=step, keep=2)
+            except OSError as error:
+                (folder / f"told {rank}").write_text(f"{step} {errno.errorcode[error.errno]}")
     if rank == 0:
         tensors = {name: p.detach() for name, p in model.module.named_parameters()}
         save_file(tensors, folder / "result.safetensors")
@@ -805,6 +851,7 @@ def killed_twice(folder):
         found[point] = together(broken, rank, point)
         shutil.copytree(broken, folder / f"after {point}")
     found["never"] = together(broken)
+    found["full"] = together(folder / "full", 0, "full")
     (folder / "codes.json").write_text(json.dumps(found))
 
 
@@ -827,7 +874,11 @@ def test_a_process_that_dies_ends_the_job_and_loses_nothing(tmp_path):
         "train": [1, killed],
         "save": [killed, 1],
         "never": [0, 0],
+        "full": [0, 0],
     }, done.stderr
+    # A full disk of the first process is told to both, and nothing else becomes of it.
+    for rank in range(2):
+        assert (tmp_path / "full" / f"told {rank}").read_text() == "3 ENOSPC"
     for point, last in (("train", 2), ("save", 3)):
         place = tmp_path / f"after {point}"
         assert latest_checkpoint(place / "checkpoints").name == f"step-{last:08d}"
@@ -835,7 +886,8 @@ def test_a_process_that_dies_ends_the_job_and_loses_nothing(tmp_path):
     assert (tmp_path / "after save" / "checkpoints" / ".step-00000004.part").is_dir()
     broken = tmp_path / "broken"
     expected = load_file(tmp_path / "straight" / "result.safetensors")
-    assert_same(expected, load_file(broken / "result.safetensors"))
+    for place in (broken, tmp_path / "full"):
+        assert_same(expected, load_file(place / "result.safetensors"))
     names = sorted(path.name for path in (broken / "checkpoints").iterdir())
     assert names == ["step-00000004", "step-00000005"]
     with pytest.warns(UserWarning, match="written by 2 processes and is read by 1"):

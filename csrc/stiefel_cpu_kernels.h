@@ -77,8 +77,8 @@ T largest_column_sum(const T* matrix, std::int64_t n, std::int64_t stride) {
     return largest;
 }
 
-// The diagonal of Y^T Y, summed in double. Near the identity a column holds one entry of 1 and small
-// ones whose squares an fp32 sum that has the 1 already loses, all of them: an error of up to
+// The diagonal of Y^T Y, summed in double. Near the identity a column holds one entry of 1 and
+// small ones whose squares an fp32 sum that has the 1 already loses, all of them: an error of up to
 // n 2^-24 that the iteration would never see.
 template <typename T>
 void sum_diagonal(T* gram, const T* y, std::int64_t n, std::int64_t stride) {

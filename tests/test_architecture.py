@@ -14,13 +14,14 @@ ADAPTERS = ROOT / "python" / "spectral_adapters"
 #: Layer of each module, low to high. A module imports only from layers below its own, or from
 #: itself.
 LAYERS = [
-    {"_validation"},
+    {"_files", "_validation"},
     {"factors", "activations", "planner", "autograd"},
     {"functional"},
     {"decomposition", "rotation_bank"},
     {"absorption"},
     {"modules", "optim"},
     {"peft"},
+    {"checkpoint"},
     {"diffusers"},
     {"personalize"},
     {"cli"},

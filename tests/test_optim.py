@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_adapters import SODALinear, StiefelAdam, StiefelSGD
-from spectral_adapters.optim import stiefel_param_groups
+from spectral_adapters.optim import orthogonality_error as measured_error
+from spectral_adapters.optim import reproject, stiefel_param_groups
 from spectral_kernels.ops.stiefel import stiefel_adam_reference, stiefel_sgd_reference
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [StiefelSGD, StiefelAdam])
@@ -218,11 +220,109 @@ def test_heavy_tailed_gradients(optimizer: Callable[..., Any], n: int) -> None:
     assert torch.linalg.det(x.detach().double()) > 0
 
 
+@pytest.mark.parametrize("lr", [1e-6, 1e-5, 1e-4])
+def test_small_steps_from_the_identity(lr: float) -> None:
+    """One entry of 1 per column, and many whose squares an fp32 sum loses beside it: n 2^-24."""
+    n = 128
+    x = nn.Parameter(torch.eye(n))
+    opt = StiefelAdam([x], lr=lr, reproject_every=0)
+    gradient, worst = torch.randn(n, n), 0.0
+    for _ in range(300):
+        x.grad = gradient
+        opt.step()
+        worst = max(worst, measured_error(x))
+    assert worst <= 2e-6
+
+
+@OPTIMIZERS
+def test_re_projection_is_scheduled(optimizer: Callable[..., Any]) -> None:
+    """After every second step the factors are those of float64, rounded; plain groups stay."""
+    params, _ = mixed_setup(optimizer)
+    groups = [{"params": params[:2], "reproject_every": 2}, {"params": params[2:3]}]
+    groups.append({"params": params[3:], "manifold": False})
+    opt = optimizer(groups, lr=0.1, reproject_every=0)
+    for step in range(1, 6):
+        plain = [p.detach().clone() for p in params[3:]]
+        with torch.no_grad():
+            for p in params[:3]:
+                p.add_(1e-4 * torch.randn_like(p))
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        for group in opt.param_groups:
+            group["lr"] = 0.0
+        before = [p.detach().clone() for p in params[:2]]
+        opt.step()
+        assert [group["steps"] for group in opt.param_groups] == [step, step, 0]
+        if step % 2 == 0:
+            expected = [polar(b.double()).float() for b in before]
+            for p, exact in zip(params[:2], expected, strict=True):
+                torch.testing.assert_close(p.detach(), exact, rtol=0, atol=3e-7)
+        for p, q in zip(params[3:], plain, strict=True):
+            assert torch.equal(p, q)
+
+
+def test_reproject_is_the_nearest_orthogonal_matrix() -> None:
+    for dtype, limit in ((torch.float32, 3e-7), (torch.float64, 1e-14)):
+        x = rotations(3, 17, 17).detach()
+        x = (x + 1e-3 * torch.randn_like(x)).to(dtype)
+        exact = polar(x.double())
+        again = x.clone()
+        reproject([x, torch.empty(0, 0)])
+        reproject([again])
+        assert torch.equal(x, again)
+        assert (x.double() - exact).abs().max() <= limit
+        assert measured_error(x) <= limit
+
+
+def test_orthogonality_error_of_models_and_tensors() -> None:
+    layers = [
+        SODALinear.from_linear(nn.Linear(6, 6), parametrization=kind)
+        for kind in ("stiefel", "cayley")
+    ]
+    model = nn.Sequential(*layers)
+    assert measured_error(model) == 0.0
+    with torch.no_grad():
+        layers[0].rotation[1][0, 0] = 1.5
+    assert measured_error(model) == pytest.approx(1.25)
+    assert measured_error([torch.eye(3), 2 * torch.eye(2)[None]]) == 3.0
+    assert measured_error(torch.full((2, 2), math.nan)) != measured_error(torch.eye(2))
+    with pytest.raises(ValueError, match="at least one orthogonal factor"):
+        measured_error(layers[1])
+    with pytest.raises(ValueError, match=r"factors\[1\] must be square.*shape \(2, 3\)"):
+        measured_error([torch.eye(2), torch.ones(2, 3)])
+
+
+def test_param_groups_and_error_of_a_peft_model() -> None:
+    peft = pytest.importorskip("peft")
+    from spectral_adapters.peft import SODAConfig
+
+    config = SODAConfig(target_modules=["0"], parametrization="stiefel")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 6)), config)
+    rotation, rest = stiefel_param_groups(model)
+    assert all(p.dim() == 2 for p in rotation["params"]) and len(rotation["params"]) == 2
+    assert rest["params"][0].shape == (6,)
+    assert measured_error(model) == 0.0
+
+
+@OPTIMIZERS
+def test_states_without_a_schedule_load(optimizer: Callable[..., Any]) -> None:
+    params, opt = mixed_setup(optimizer)
+    run_steps(opt, params, random_grads(params, 1))
+    state = opt.state_dict()
+    for group in state["param_groups"]:
+        del group["steps"], group["reproject_every"]
+    opt.load_state_dict(state)
+    run_steps(opt, params, random_grads(params, 1))
+    assert opt.param_groups[0]["steps"] == 1
+
+
 @pytest.mark.slow
 @OPTIMIZERS
 @pytest.mark.parametrize("lr", [1e-3, 1e-1])
 def test_ten_thousand_steps(optimizer: Callable[..., Any], lr: float) -> None:
     params = [rotations(4, n, n, dtype=torch.float32) for n in (16, 20)]
+    if optimizer is StiefelAdam:
+        params.append(rotations(128, 128, dtype=torch.float32))
     opt = optimizer(params, lr=lr)
     for _ in range(10_000):
         run_steps(opt, params, random_grads(params, 1))
@@ -562,6 +662,8 @@ def test_a_refused_group_leaves_no_trace(optimizer: Callable[..., Any]) -> None:
         (StiefelSGD, {"lr": torch.tensor(0.1)}, TypeError),
         (StiefelSGD, {"lr": 0.1, "momentum": -0.1}, ValueError),
         (StiefelSGD, {"lr": 0.1, "metric": 1.0}, ValueError),
+        (StiefelSGD, {"lr": 0.1, "reproject_every": -1}, ValueError),
+        (StiefelAdam, {"reproject_every": 1.5}, TypeError),
         (StiefelSGD, {"lr": 0.1, "weight_decay": -1}, ValueError),
         (StiefelAdam, {"lr": -0.1}, ValueError),
         (StiefelAdam, {"betas": (1.0, 0.9)}, ValueError),

@@ -1,10 +1,14 @@
 """``spectral-adapters personalize`` on a tiny random Stable-Diffusion pipeline."""
 
+import errno
 import json
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 
 import numpy as np
@@ -93,12 +97,12 @@ def finished(base, pictures, tmp_path_factory):
 
 def test_run_writes_adapter_state_report_and_sheets(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
+        "checkpoints",
         "report.json",
         "report.md",
         "run.json",
         "samples",
         "sheet.png",
-        "state",
         "unet",
     ]
     names = [path.name for path in sorted((finished / "samples").iterdir())]
@@ -202,8 +206,7 @@ def test_interrupted_and_resumed_is_uninterrupted(base, pictures, tmp_path, monk
     monkeypatch.setattr(trainer.Trainer, "_step", interrupted_step)
     assert cli.main(arguments(base, pictures, broken, *more)) == 130
     monkeypatch.setattr(trainer.Trainer, "_step", step)
-    progress = torch.load(broken / "state" / "custom_checkpoint_0.pkl")
-    assert progress["step"] == 4
+    assert [path.name for path in (broken / "checkpoints").iterdir()] == ["step-00000004"]
     assert not (broken / "report.json").exists()
     assert any(
         not torch.equal(values, trained(straight)[name]) for name, values in trained(broken).items()
@@ -212,6 +215,48 @@ def test_interrupted_and_resumed_is_uninterrupted(base, pictures, tmp_path, monk
     assert cli.main(["personalize", "--resume", f"--output={broken}"]) == 0
     assert_equal_adapters(straight, broken)
     assert json.loads((broken / "report.json").read_text())["steps"] == STEPS
+
+
+def test_resumed_from_every_step_is_uninterrupted(base, pictures, tmp_path):
+    """With all that a step draws: accumulation, prior images, dropped captions, mirrored images."""
+    straight = tmp_path / "straight"
+    more = ("--parametrization=stiefel", "--gradient-accumulation=2", "--caption-dropout=0.3")
+    more += ("--prior-images=3", "--prior-caption=red", "--flip", "--target-modules", "attention")
+    more += ("--checkpoint-every=1", "--keep-checkpoints=9")
+    assert cli.main(arguments(base, pictures, straight, *more)) == 0
+    names = [f"step-{step:08d}" for step in range(1, STEPS + 1)]
+    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == names
+    error = json.loads((straight / "report.json").read_text())["orthogonality_error"]
+    assert 0 < error <= 5e-6
+    for step in range(1, STEPS):
+        output = tmp_path / f"from {step}"
+        place = output / "checkpoints" / names[step - 1]
+        shutil.copytree(straight / "checkpoints" / place.name, place)
+        shutil.copy(straight / "run.json", output)
+        assert cli.main(["personalize", "--resume", f"--output={output}"]) == 0
+        assert_equal_adapters(straight, output)
+
+
+def test_a_broken_checkpoint_is_passed_over(base, pictures, tmp_path, capsys):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert cli.main(arguments(base, pictures, straight, "--checkpoint-every=2")) == 0
+    shutil.copytree(straight, broken)
+    newest = broken / "checkpoints" / f"step-{STEPS:08d}"
+    state = newest / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    resume = ["personalize", "--resume", f"--output={broken}"]
+    with pytest.warns(UserWarning, match=r"state\.safetensors has .* bytes.*Going back to .*4$"):
+        assert cli.main(resume) == 0
+    assert_equal_adapters(straight, broken)
+    assert sorted(path.name[-1] for path in (broken / "checkpoints").iterdir()) == ["4", "6"]
+    for manifest in broken.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    capsys.readouterr()
+    assert cli.main(resume) == 2
+    assert "error: cannot resume: no checkpoint in" in capsys.readouterr().err
+    (broken / "run.json").write_text("{")
+    assert cli.main(resume) == 2
+    assert "run.json is not JSON" in capsys.readouterr().err
 
 
 def test_constant_schedule_can_be_prolonged(base, pictures, tmp_path):
@@ -233,11 +278,11 @@ def test_sigterm_in_another_process_leaves_a_usable_adapter(base, pictures, tmp_
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     waited = threading.Event()
-    while not (output / "state").exists() and child.poll() is None:
+    while not list(output.glob("checkpoints/step-*")) and child.poll() is None:
         waited.wait(0.1)
     child.send_signal(signal.SIGTERM)
     out, err = child.communicate(timeout=60)
-    assert child.returncode == 130, err
+    assert child.returncode == 128 + signal.SIGTERM, err
     assert f"spectral-adapters personalize --resume --output {output}" in out
     assert "Traceback" not in err
     assert trained(output)
@@ -259,6 +304,96 @@ def test_divergence_saves_the_last_good_adapter(base, pictures, tmp_path, monkey
     assert cli.main(arguments(base, pictures, bad, "--schedule=constant")) == 1
     assert "no longer finite; the adapter of step 3" in capsys.readouterr().out
     assert_equal_adapters(good, bad)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradients", "gradients unclipped"])
+def test_the_step_that_is_not_finite_is_never_taken(
+    base, pictures, tmp_path, monkeypatch, capsys, what
+):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    more = ["--schedule=constant", "--checkpoint-every=2"]
+    if what == "gradients unclipped":
+        more.append("--max-grad-norm=0")
+    assert cli.main(arguments(base, pictures, good, *more, "--steps=3")) == 0
+    gradients = trainer.Trainer._gradients
+
+    def bad_gradients(self, step):
+        loss = gradients(self, step)
+        if step < 3:
+            return loss
+        if what == "loss":
+            return float("nan")
+        next(iter(self.trained.values())).grad.view(-1)[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "_gradients", bad_gradients)
+    capsys.readouterr()
+    assert cli.main(arguments(base, pictures, bad, *more)) == 1
+    verb = "the loss is" if what == "loss" else "the gradients are"
+    said = capsys.readouterr().out
+    assert f"step 4: {verb} no longer finite; the adapter of step" in said
+    assert "Try a lower --learning-rate" in said
+    if what == "loss":
+        # The step before it is the last whose loss was finite.
+        assert "adapter of step 2 is" in said
+    else:
+        assert_equal_adapters(good, bad)
+    assert [path.name for path in (bad / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_rotations_that_leave_the_manifold_stop_training(
+    base, pictures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(trainer, "ORTHOGONALITY_LIMIT", 1e-12)
+    options = ("--parametrization=stiefel", "--checkpoint-every=2")
+    assert cli.main(arguments(base, pictures, tmp_path / "run", *options)) == 1
+    assert "step 2: the rotations are no longer orthogonal" in capsys.readouterr().out
+
+
+def fill_the_disk(monkeypatch, full):
+    """Writes fail where ``full(path)``."""
+    write = pathlib.Path.write_bytes
+
+    def write_bytes(self, data):
+        if full(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write(self, data)
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", write_bytes)
+
+
+def test_a_full_disk_at_a_checkpoint_does_not_end_training(
+    base, pictures, tmp_path, monkeypatch, capsys
+):
+    straight, tight = tmp_path / "straight", tmp_path / "tight"
+    more = ("--checkpoint-every=2", "--keep-checkpoints=9")
+    assert cli.main(arguments(base, pictures, straight, *more)) == 0
+    fill_the_disk(monkeypatch, lambda path: "step-00000004" in str(path))
+    assert cli.main(arguments(base, pictures, tight, *more)) == 0
+    error = capsys.readouterr().err
+    assert "step 4: no checkpoint could be saved, the earlier ones stay" in error
+    assert "No space left on device" in error
+    assert sorted(path.name[-1] for path in (tight / "checkpoints").iterdir()) == ["2", "6"]
+    assert_equal_adapters(straight, tight)
+
+
+def test_a_full_disk_at_the_end_loses_nothing(base, pictures, tmp_path, monkeypatch, capsys):
+    straight, tight = tmp_path / "straight", tmp_path / "tight"
+    assert cli.main(arguments(base, pictures, straight, "--checkpoint-every=2")) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    with monkeypatch.context() as patched:
+        fill_the_disk(patched, lambda path: f"step-{STEPS:08d}" in str(path))
+        capsys.readouterr()
+        assert cli.main(arguments(base, pictures, tight, "--checkpoint-every=2")) == 1
+    (rescued,) = (tmp_path / "elsewhere").iterdir()
+    assert_equal_adapters(straight, rescued)
+    said = capsys.readouterr().out
+    assert f"step 6 could not be saved in {tight}; the adapter of step 6 is in {rescued}" in said
+    assert "--resume" in said
+    assert not (tight / "report.json").exists()
+    assert cli.main(["personalize", "--resume", f"--output={tight}"]) == 0
+    assert_equal_adapters(straight, tight)
 
 
 def test_xl_pipeline_trains(pictures, tmp_path):

@@ -8,17 +8,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from spectral_adapters._files import save_tensors, staged
 from spectral_adapters._validation import check_choice
 from spectral_adapters.peft import LoRAExport, merge_and_unload, restore_adapter, to_lora
 from spectral_adapters.peft import load_adapter as load_component
-from spectral_adapters.peft import save_adapter as save_component
+from spectral_adapters.peft._folder import write_adapter
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -41,7 +41,8 @@ LORA_FORMATS = ("diffusers", "kohya")
 def save_adapter(pipe: Any, folder: str | Path, adapter_name: str = "default") -> None:
     """Write one adapter of every component that has it.
 
-    Each file appears whole or not at all: it is written beside its place and then moved there.
+    All files are written beside their places and then moved there, one right after the other:
+    whenever the process is killed, each folder holds the adapter that was there or the new one.
 
     Args:
         pipe: a diffusers pipeline, or a dict from names of components to modules, such as
@@ -52,15 +53,10 @@ def save_adapter(pipe: Any, folder: str | Path, adapter_name: str = "default") -
     Raises:
         ValueError: no component has this adapter.
     """
-    for name, module in _require_adapter(pipe, adapter_name).items():
-        place, part = Path(folder) / name, Path(folder) / f".{name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_component(module, part, adapter_name)
-        place.mkdir(exist_ok=True)
-        for file in part.iterdir():
-            file.replace(place / file.name)
-        part.rmdir()
+    modules = _require_adapter(pipe, adapter_name)
+    with staged(*(Path(folder) / name for name in modules)) as parts:
+        for module, part in zip(modules.values(), parts, strict=True):
+            write_adapter(module, part, adapter_name)
 
 
 def load_adapter(
@@ -106,7 +102,8 @@ def register_checkpoint_hooks(
     """Let ``accelerator.save_state`` and ``load_state`` keep one adapter instead of whole models.
 
     One line in place of the two hooks of diffusers' example scripts. A checkpoint then holds
-    ``unet/adapter_model.safetensors`` and so on, beside what accelerate keeps of the optimizer.
+    ``unet/adapter_model.safetensors`` and so on, beside what accelerate keeps of the optimizer,
+    which it pickles; :mod:`spectral_adapters.checkpoint` needs no pickle.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
@@ -206,7 +203,6 @@ def export_lora(
 def _save_kohya(exports: dict[str, LoRAExport], folder: Path) -> None:
     from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from diffusers.utils import convert_state_dict_to_kohya
-    from safetensors.torch import save_file
 
     tensors = {}
     for name, lora in exports.items():
@@ -214,7 +210,7 @@ def _save_kohya(exports: dict[str, LoRAExport], folder: Path) -> None:
         inner = "text_model." if name.startswith("text_encoder") else ""
         for key, value in lora.state_dict.items():
             tensors[f"{name}.{inner}{key.removeprefix(inner)}"] = value
-    save_file(convert_state_dict_to_kohya(tensors), folder / LORA_WEIGHT_NAME_SAFE)
+    save_tensors(folder / LORA_WEIGHT_NAME_SAFE, convert_state_dict_to_kohya(tensors))
 
 
 def export_merged(pipe: Any, folder: str | Path, adapter_name: str = "default") -> None:

@@ -188,13 +188,17 @@ def _retract(x: Tensor, xi: Tensor, longest: float) -> Tensor:
     A xi longer than ``longest`` is shortened to it, and ``longest`` alone fixes the number of
     products. Where xi has a singular value sigma, ``I + xi`` has ``sqrt(1 + sigma^2)``: they lie in
     [1, sqrt(1 + longest^2)], and the Newton-Schulz iteration is scaled for that interval. Its last
-    scale is all but 1, so that it also takes out what rounding has added to X.
+    scale is all but 1, so that it also takes out what rounding has added to X. The diagonals of the
+    Gram matrices are summed in float64: near the identity a column holds one entry of 1 and small
+    ones whose squares an fp32 sum that has the 1 already loses, all of them.
     """
     reach = xi.abs().sum(-1).amax(-1)  # the largest row sum, never below the spectral norm
     xi = xi * (longest / reach.clamp_min(longest))[:, None, None]
     y = torch.baddbmm(x, x, xi)
     for scale in _newton_schulz_scales(math.hypot(1.0, longest), torch.finfo(x.dtype).eps):
-        y = torch.baddbmm(y, y, y.mT @ y, beta=1.5 * scale, alpha=-0.5 * scale**3)
+        gram = y.mT @ y
+        gram.diagonal(dim1=-2, dim2=-1).copy_(y.double().square().sum(-2))
+        y = torch.baddbmm(y, y, gram, beta=1.5 * scale, alpha=-0.5 * scale**3)
     return y
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from spectral_adapters._files import save_tensors, staged
 from spectral_adapters.functional import without_autocast
 from spectral_adapters.peft._folder import PREFIX, WEIGHTS, check_adapter_name
 from spectral_adapters.peft._layer import SpectralLayer
@@ -169,11 +169,10 @@ def export_lora(
         The relative error by module, see :class:`LoRAExport`.
     """
     lora = to_lora(model, adapter_name, rank=rank)
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    lora.config.save_pretrained(str(folder))
     tensors = {PREFIX + key: value for key, value in lora.state_dict.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with staged(Path(directory)) as (part,):
+        lora.config.save_pretrained(str(part))
+        save_tensors(part / WEIGHTS, tensors, {"format": "pt"})
     return lora.errors
 
 

@@ -20,8 +20,9 @@ from peft import (
 )
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import delete_adapter, set_requires_grad
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+
+from spectral_adapters._files import load_tensors, save_tensors, staged
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -29,6 +30,9 @@ PREFIX = "base_model.model."
 
 def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
     """Write one injected adapter of ``model`` (a UNet, a text encoder, ...) into a folder.
+
+    The files are written beside their places and then moved there: whenever the process is killed,
+    the folder holds the adapter that was there or the new one.
 
     Args:
         model: a model with an adapter from ``add_adapter`` or ``inject_adapter_in_model``.
@@ -38,18 +42,31 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     Raises:
         ValueError: the model has no such adapter.
     """
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    check_adapter_name(model, adapter_name, configs)
-    folder = Path(directory)
+    check_adapter_name(model, adapter_name, getattr(model, "peft_config", {}))
+    with staged(Path(directory)) as (part,):
+        write_adapter(model, part, adapter_name)
+
+
+def write_adapter(model: nn.Module, folder: Path, adapter_name: str) -> None:
+    """Write the two files of an adapter that the model has."""
+    configs: Any = model.peft_config
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     config = copy.copy(configs[adapter_name])
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    tensors = {
-        PREFIX + key.removeprefix(PREFIX): value.detach().cpu().clone().contiguous()
-        for key, value in state.items()
+    tensors = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+
+
+def trained_outside(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient and that :func:`save_adapter` leaves out, by name."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    saved = {value.data_ptr() for value in state.values()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.data_ptr() not in saved
     }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str, known: Iterable[str]) -> None:
@@ -79,7 +96,9 @@ def load_adapter(
 
     Raises:
         TypeError: ``model`` is a ``PeftModel``.
-        ValueError: the model has an adapter of that name, or the checkpoint does not fit.
+        FileNotFoundError: the folder holds no adapter in safetensors.
+        ValueError: the model has an adapter of that name, or the checkpoint does not fit or is not
+            whole.
         RuntimeError: the adapter was trained on another base weight.
     """
     if isinstance(model, PeftModel):
@@ -87,6 +106,7 @@ def load_adapter(
     if adapter_name in getattr(model, "peft_config", {}):
         raise ValueError(f"adapter_name must be new; the model already has {adapter_name!r}")
     folder = Path(directory)
+    weights = load_tensors(folder / WEIGHTS)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
     add_adapter = getattr(model, "add_adapter", None)
@@ -96,7 +116,7 @@ def load_adapter(
         inject_adapter_in_model(config, model, adapter_name)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     try:
-        _fill(model, folder, adapter_name, prefix)
+        _fill(model, weights, folder, adapter_name, prefix)
     except Exception:
         # A refused adapter leaves no trace.
         configs: Any = model.peft_config
@@ -115,18 +135,21 @@ def restore_adapter(model: nn.Module, directory: str | Path, adapter_name: str =
         adapter_name: the adapter to overwrite.
 
     Raises:
-        ValueError: the model has no such adapter, or the checkpoint does not fit.
+        FileNotFoundError: the folder holds no adapter in safetensors.
+        ValueError: the model has no such adapter, or the checkpoint does not fit or is not whole.
         RuntimeError: the saved adapter was trained on another base weight.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     check_adapter_name(model, adapter_name, configs)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[configs[adapter_name].peft_type]
-    _fill(model, Path(directory), adapter_name, prefix)
+    folder = Path(directory)
+    _fill(model, load_tensors(folder / WEIGHTS), folder, adapter_name, prefix)
 
 
-def _fill(model: nn.Module, folder: Path, adapter_name: str, prefix: str) -> None:
+def _fill(
+    model: nn.Module, weights: dict[str, Tensor], folder: Path, adapter_name: str, prefix: str
+) -> None:
     """Load the weights of an adapter that the model has, all of them and nothing else."""
-    weights = load_file(folder / WEIGHTS)
     result: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     missing = [
         key

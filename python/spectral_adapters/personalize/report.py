@@ -39,6 +39,7 @@ class Report:
         setup_seconds: by stage: "load", "encode", "adapter".
         total_seconds: from start to report.
         peak_memory_bytes: up to the end of training.
+        orthogonality_error: max|X^T X - I| of rotations that are trained as such, else None.
         held_out: what the drawings are compared on, such as "100 names of the test split".
         scores: by column title, the adapted one last.
         references: by title, what the numbers can be compared with.
@@ -56,6 +57,7 @@ class Report:
     setup_seconds: dict[str, float]
     total_seconds: float
     peak_memory_bytes: int
+    orthogonality_error: float | None = None
     held_out: str | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
     references: Mapping[str, Score] = field(default_factory=dict)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectral_adapters.checkpoint import latest_checkpoint
 from spectral_adapters.diffusers import ADAPTER_WEIGHTS, load_adapter
 from spectral_adapters.personalize import (
     adapters,
@@ -22,6 +24,7 @@ from spectral_adapters.personalize import (
 )
 from spectral_adapters.personalize.settings import RECORD, Settings, UsageError, usage_errors
 from spectral_adapters.personalize.trainer import (
+    CHECKPOINTS,
     SUPPORTED,
     Outcome,
     Trainer,
@@ -40,7 +43,8 @@ SAMPLES = "samples"
 EMOJI_SAMPLING = (20, 3.0, 50)
 FOLDER_SAMPLING = (50, 7.5, 4)
 
-FINISHED, DIVERGED, INTERRUPTED = 0, 1, 130
+#: Exit codes; of a signal, as shells count them.
+FINISHED, FAILED, SIGNALLED = 0, 1, 128
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,12 @@ def personalize(settings: Settings) -> int:
     """Train an adapter, save it and report.
 
     Writes into ``settings.output``: ``unet/`` (the adapter, in PEFT's format), ``run.json`` (the
-    settings), ``state/`` (for resuming), ``samples/``, ``sheet.png``, ``report.json`` and
+    settings), ``checkpoints/`` (for resuming), ``samples/``, ``sheet.png``, ``report.json`` and
     ``report.md``.
 
     Returns:
-        0; 1 if the loss became infinite or NaN; 130 if SIGINT or SIGTERM ended training.
+        0; 1 if something became infinite or NaN, or the result could not be written; 130 or 143 if
+        SIGINT or SIGTERM ended training.
 
     Raises:
         UsageError: with a message of one line, for anything that the user can put right.
@@ -113,10 +118,12 @@ def personalize(settings: Settings) -> int:
         with watch.stage("prior"):
             prior = evaluation.draw_prior(pipe, prompts, sampling_of(settings, size))
     with watch.stage("adapter"):
-        add_adapter(pipe, settings, output)
+        checkpoint = find_checkpoint(output) if settings.resume else None
+        add_adapter(pipe, settings, checkpoint)
         trainer = Trainer(pipe, conditions, settings, output, accelerator, prior)
-    if settings.resume:
-        trainer.resume()
+    if checkpoint is not None:
+        with usage_errors("cannot resume: "):
+            trainer.resume(checkpoint)
     elif accelerator.is_main_process:
         _clear(output)
     if accelerator.is_main_process:
@@ -140,10 +147,15 @@ def personalize(settings: Settings) -> int:
                 _report(pipe, settings, training, held_out, outcome, watch, sampling)
             except KeyboardInterrupt:
                 print(_farewell(dataclasses.replace(outcome, reason="interrupted"), output))
-                return INTERRUPTED
+                return SIGNALLED + signal.SIGINT
+            except OSError as error:
+                print(_farewell(dataclasses.replace(outcome, reason="unreported"), output), error)
+                return FAILED
         else:
             print(_farewell(outcome, output))
-    return {"finished": FINISHED, "interrupted": INTERRUPTED, "diverged": DIVERGED}[outcome.reason]
+    if outcome.reason == "interrupted":
+        return SIGNALLED + outcome.signal
+    return FINISHED if outcome.reason == "finished" else FAILED
 
 
 def load_pipeline(settings: Settings) -> Any:
@@ -223,17 +235,30 @@ def prior_prompts(settings: Settings, training: data.Pictures) -> tuple[str, ...
     return tuple(emoji.caption(name, settings.base_style) for name in chosen)
 
 
-def add_adapter(pipe: Any, settings: Settings, output: Path) -> None:
-    """Give the denoiser a new adapter, or the saved one to resume."""
+def find_checkpoint(output: Path) -> Path:
+    """Return the newest whole checkpoint of a run.
+
+    Raises:
+        UsageError: there is none.
+    """
+    with usage_errors("cannot resume: "):
+        checkpoint = latest_checkpoint(output / CHECKPOINTS)
+    if checkpoint is None:
+        raise UsageError(f"nothing to resume: {output / CHECKPOINTS} holds no checkpoint")
+    return checkpoint
+
+
+def add_adapter(pipe: Any, settings: Settings, checkpoint: Path | None) -> None:
+    """Give the denoiser a new adapter, or that of a checkpoint."""
     import torch
     from accelerate.utils import set_seed
 
     set_seed(settings.seed)
-    if settings.resume:
+    if checkpoint is not None:
         try:
-            load_adapter(pipe, output, is_trainable=True)
+            load_adapter(pipe, checkpoint, is_trainable=True)
         except (FileNotFoundError, ValueError, RuntimeError) as error:
-            raise UsageError(f"cannot resume {output}: {error}") from error
+            raise UsageError(f"cannot resume {checkpoint}: {error}") from error
     else:
         config = adapters.make_config(settings, pipe.unet)
         try:
@@ -272,7 +297,7 @@ def _clear(output: Path) -> None:
     """Remove what an earlier run wrote, and nothing else."""
     import shutil
 
-    for name in ("state", "state.old", "state.part", SAMPLES, "unet"):
+    for name in (CHECKPOINTS, SAMPLES, "unet"):
         shutil.rmtree(output / name, ignore_errors=True)
     for name in (RECORD, SHEET, "report.json", "report.md"):
         (output / name).unlink(missing_ok=True)
@@ -280,13 +305,23 @@ def _clear(output: Path) -> None:
 
 def _farewell(outcome: Outcome, output: Path) -> str:
     """Say where the adapter is and how to go on."""
-    saved = f"the adapter of step {outcome.step} is in {output}"
+    saved = "its adapter could not be saved"
+    if outcome.place is not None:
+        saved = f"the adapter of step {outcome.step} is in {outcome.place}"
+    again = f"\n  spectral-adapters personalize --resume --output {output}"
     if outcome.reason == "interrupted":
+        return f"interrupted; {saved}. Continue with:{again}"
+    if outcome.reason == "unsaved":
         return (
-            f"interrupted; {saved}. Continue with:\n"
-            f"  spectral-adapters personalize --resume --output {output}"
+            f"step {outcome.step} could not be saved in {output}; {saved}. Make room, then "
+            f"continue from the last checkpoint with:{again}"
         )
-    return f"the loss is no longer finite; {saved}. Try a lower --learning-rate."
+    if outcome.reason == "unreported":
+        return f"the report could not be written; {saved}. Make room, then:{again}\n"
+    return (
+        f"{outcome.trouble}; {saved}. Try a lower --learning-rate, a smaller --max-grad-norm, or "
+        "with --mixed-precision fp16 bf16 instead."
+    )
 
 
 def _report(
@@ -347,6 +382,7 @@ def _report(
         setup_seconds=watch.stages,
         total_seconds=watch.total(),
         peak_memory_bytes=outcome.peak_memory,
+        orthogonality_error=outcome.orthogonality_error,
         held_out=held_out.title,
         scores=scores,
         references=references,

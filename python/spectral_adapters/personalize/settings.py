@@ -91,7 +91,8 @@ class Settings:
     )
     resume: bool = _option(
         False,
-        "continue the run in --output; options not given are those it was started with",
+        "continue the run in --output from its newest whole checkpoint; options not given are "
+        "those it was started with",
         group="what",
         trajectory=False,
     )
@@ -204,7 +205,10 @@ class Settings:
     seed: int = _option(0, "seed of everything random", group="training")
 
     checkpoint_every: int = _option(
-        100, "steps between savings of adapter and state", group="output", trajectory=False
+        100, "steps between checkpoints", group="output", trajectory=False
+    )
+    keep_checkpoints: int = _option(
+        2, "checkpoints that are kept, the newest", group="output", trajectory=False
     )
     sample_every: int = _option(
         0, "steps between sample grids; 0 for none", group="output", trajectory=False
@@ -289,7 +293,13 @@ class Settings:
                 raise UsageError(
                     f"{flag(name)} is an option of --method {owners}, not of {self.method}"
                 )
-        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "gradient_accumulation",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             self._check_at_least(name, 1)
         for name in ("rank", "sample_steps", "sample_batch_size", "resolution"):
             if getattr(self, name) is not None:
@@ -337,9 +347,9 @@ class Settings:
         record = dataclasses.asdict(self)
         for name in ("resume", "overwrite", "output"):
             del record[name]
-        part = folder / f"{RECORD}.part"
-        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        part.replace(folder / RECORD)
+        from spectral_adapters._files import write_text
+
+        write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 #: Options that only one method has.
@@ -389,6 +399,8 @@ def resumed(given: dict[str, Any], output: Path) -> Settings:
         record = json.loads((output / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"nothing to resume: {output / RECORD} does not exist") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{output / RECORD} is not JSON ({error}): it was changed") from error
     options = {option.name: option for option in dataclasses.fields(Settings)}
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value

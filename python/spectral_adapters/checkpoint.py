@@ -44,6 +44,7 @@ from spectral_adapters._files import (
     sync,
     tensor_bytes,
 )
+from spectral_adapters.rotation_bank import RotationBank
 
 __all__ = [
     "Checkpoint",
@@ -133,6 +134,13 @@ def save_checkpoint(
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
     components = _components(model)
+    for name, module in components.items():
+        bank = RotationBank.of(module)
+        if bank is not None and bank.has_waiting_gradients:
+            raise ValueError(
+                f"{name or 'model'} must have no gradients that wait for their contraction: save "
+                "after a backward pass outside of RotationBank.accumulate()"
+            )
     tensors: dict[str, Tensor] = {}
     state = {
         "step": step,

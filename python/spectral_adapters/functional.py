@@ -67,7 +67,7 @@ class SpectralBasis(NamedTuple):
     * SVD: ``left`` U [out, k], ``singular_values`` S [k], ``right`` V^T [k, in]; ``W0 = U diag(S)
       V^T``.
     * QR (left rotation): ``left`` Q [out, k], ``right`` T [k, in] upper triangular; ``W0 = Q T``.
-    * LQ ("qr" with right rotation or none): ``left`` L [out, k] lower triangular, ``right`` Q [k, in].
+    * LQ ("qr", right rotation or none): ``left`` L [out, k] lower triangular, ``right`` Q [k, in].
     * Chosen columns of the SVD: ``left`` U1 [out, r], ``singular_values`` S1 [r], ``right`` V1^T
       [r, in]; they do not multiply up to the weight.
     """

@@ -260,6 +260,11 @@ class RotationBank:
         """Compute everything anew at the next forward."""
         self._copies = None
 
+    @property
+    def has_waiting_gradients(self) -> bool:
+        """Whether gradients of merged weights wait for their contraction (:meth:`accumulate`)."""
+        return any(entry.folded.gradient.sum is not None for entry in self._entries.values())
+
     @contextmanager
     def accumulate(self, enabled: bool = True) -> Iterator[None]:
         """Backward passes in here leave the gradients of merged weights uncontracted.

@@ -103,6 +103,23 @@ def _scaled_product(
 
 
 @triton.jit
+def _sum_diagonal(gram_ptr, y_ptr, scale, n, TILE: tl.constexpr):
+    """The diagonal of ``scale Y^T Y``, summed in float64: near the identity a column holds one
+    entry of 1 and small ones whose squares an fp32 sum that has the 1 already loses. Ends with a
+    barrier."""
+    for j0 in tl.range(0, n, TILE):
+        j = j0 + tl.arange(0, TILE)
+        sums = tl.zeros([TILE], tl.float64)
+        for i0 in tl.range(0, n, TILE):
+            i = i0 + tl.arange(0, TILE)[:, None]
+            live = (i < n) & (j[None, :] < n)
+            y = tl.load(y_ptr + i * n + j[None, :], mask=live, other=0.0).to(tl.float64)
+            sums += tl.sum(y * y, axis=0)
+        tl.store(gram_ptr + j * n + j, scale * sums.to(tl.float32), mask=j < n)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _address(row_ptr, COLUMN: tl.constexpr):
     return tl.load(row_ptr + COLUMN).to(tl.pointer_type(tl.float32))
 
@@ -211,6 +228,7 @@ def _stiefel_kernel(
         _scaled_product(
             small_ptr, None, y_ptr, y_ptr, cubic, n, True, TILE, STEP, PRECISION
         )  # fmt: skip
+        _sum_diagonal(small_ptr, y_ptr, cubic, n, TILE)
         _scaled_product(
             x_ptr, y_ptr, y_ptr, small_ptr, linear, n, False, TILE, STEP, PRECISION
         )  # fmt: skip

@@ -102,9 +102,10 @@ class LiDBLayer(SpectralLayer):
 
     def _low_rank(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         left, _, right = self._basis(adapter, device)
-        a = self.lidb_a[adapter].to(device, left.dtype)
-        b = self.lidb_b[adapter].to(device, left.dtype)
-        return b @ right, left @ a
+        a, b = self.lidb_a[adapter].to(device), self.lidb_b[adapter].to(device)
+        # The frozen ones are in fp32, what is trained in fp64 on an fp64 base.
+        dtype = torch.promote_types(left.dtype, a.dtype)
+        return b.to(dtype) @ right.to(dtype), left.to(dtype) @ a.to(dtype)
 
 
 class Linear(SpectralLinear, LiDBLayer):

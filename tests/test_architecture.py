@@ -14,10 +14,11 @@ ADAPTERS = ROOT / "python" / "spectral_adapters"
 #: Layer of each module, low to high. A module imports only from layers below its own, or from
 #: itself.
 LAYERS = [
-    {"_validation"},
+    {"_validation", "_processes"},
     {"factors", "activations", "planner", "autograd"},
     {"functional"},
     {"decomposition", "rotation_bank"},
+    {"spectra"},
     {"modules", "optim"},
     {"peft"},
     {"diffusers"},

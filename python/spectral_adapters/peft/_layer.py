@@ -14,12 +14,14 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from huggingface_hub.utils import tqdm
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, conv3d, embedding, linear
 from transformers.pytorch_utils import Conv1D
 
+from spectral_adapters import spectra
 from spectral_adapters.autograd import LowRankLinearFunction
 from spectral_adapters.decomposition import Factorisation, Fingerprint
 from spectral_adapters.functional import (
@@ -180,7 +182,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         return cast(nn.Parameter, self.get_base_layer().weight)
 
     def update_layer(self, adapter_name: str, config: SpectralConfig) -> None:
-        """Add an adapter.
+        """Add an adapter; its factors are computed by :func:`prepare`, or at first use.
 
         Raises:
             ValueError: adapters are merged, the base weight is sharded, or the config does not fit
@@ -209,10 +211,6 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             chosen = BASE_DTYPES[config.base_dtype]
             base_dtype = chosen if is_at_least(base_dtype, chosen) else base_dtype
         self._assign_factors(adapter_name, base_dtype)
-        # An adapter that is about to be loaded with its factors does not need them computed.
-        awaits_factors = config.save_factors and config.inference_mode
-        if not matrix.is_meta and not awaits_factors:
-            self._prepare(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _rank(self, adapter: str) -> int:
@@ -660,6 +658,41 @@ def _set_quantized_state(base: Any, state: tuple[Any, Any]) -> None:
     base.weight = state[0]
     if state[1] is not None:
         base.state = copy.copy(state[1])
+
+
+def prepare(layers: Sequence[SpectralLayer], adapter: str) -> None:
+    """Compute the factors of a new adapter on many layers in one go.
+
+    Left for their first use are those whose base weight is not there yet.
+
+    Raises:
+        ValueError: a base weight is not finite.
+    """
+
+    def can_be_prepared(layer: SpectralLayer) -> bool:
+        config = layer.configs[adapter]
+        # An adapter that is about to be loaded with its factors does not need them computed.
+        awaits_factors = config.save_factors and config.inference_mode
+        return not layer._base_weight.is_meta and not awaits_factors
+
+    ready = [layer for layer in layers if can_be_prepared(layer)]
+    due = [layer for layer in ready if layer._factors[adapter].are_due]
+    found = spectra.factorise_all(
+        [layer._factors[adapter].request(layer._base_matrix) for layer in due],
+        over_processes=True,
+        progress=_progress_bar,
+    )
+    for layer, decomposed in zip(due, found, strict=True):
+        layer._factors[adapter].adopt(layer._base_matrix(), decomposed)
+    for layer in ready:
+        layer._prepare(adapter)
+
+
+def _progress_bar(total: int) -> Any:
+    """A bar for what takes more than a second, on a terminal, where the libraries show theirs."""
+    return tqdm(
+        total=total, desc="Decomposing weights", unit="matrix", delay=1, disable=None, leave=False
+    )
 
 
 class SpectralLinear(SpectralLayer):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
-from spectral_adapters.peft._layer import SpectralLayer, is_sharded
+from spectral_adapters.peft._layer import SpectralLayer, is_sharded, prepare
 from spectral_adapters.rotation_bank import RotatedLayer, RotationBank
 
 
@@ -64,6 +64,7 @@ class SpectralModel(BaseTuner):
         Warns of patterns in the config that match none of them.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        prepare(adapted_layers(model, adapter_name), adapter_name)
         if any(isinstance(layer, RotatedLayer) for layer in spectral_layers(model)):
             # PEFT's own wrapper calls the model's forward past its hooks.
             RotationBank.attach(model).add_root(self)

@@ -47,6 +47,10 @@ LIMIT_VARIABLE = "SPECTRAL_KERNELS_CACHE_LIMIT"
 #: Work (rows x columns x triples) that is not worth a file.
 _SMALLEST = 96**3
 
+#: Bytes of weights that are kept from being looked up to being decomposed. What a quantised layer
+#: gives is a copy: asking again takes time, keeping all takes the memory that quantising saved.
+_HELD_WEIGHTS = 2**30
+
 #: Seconds after which a temporary file is taken to be that of a process that was killed.
 _ABANDONED = 86400.0
 
@@ -90,9 +94,17 @@ class _Identity(NamedTuple):
 
 
 class _LookedUp(NamedTuple):
+    """What is known of a request after its weight was seen once.
+
+    Attributes:
+        found: what the cache had.
+        weight: the weight, if it was kept for being decomposed.
+    """
+
     identity: _Identity | None
     device: torch.device
     found: Decomposed | None
+    weight: Tensor | None
 
     @property
     def work(self) -> float:
@@ -145,10 +157,22 @@ def factorise_all(
     """
     started = time.time()
     with torch.inference_mode(False):
-        looked_up = _in_threads(_look_up, requests)
+        kept = 0
+
+        @torch.no_grad()
+        def look_up(request: Request) -> _LookedUp:
+            nonlocal kept
+            weight = request.weight()
+            identity = _identify(weight, request.factorisation)
+            found = None if identity is None else _read(identity)
+            keep = found is None and kept + weight.nbytes <= _HELD_WEIGHTS
+            kept += weight.nbytes if keep else 0
+            return _LookedUp(identity, weight.device, found, weight if keep else None)
+
+        looked_up = _in_threads(look_up, requests)
         missing: dict[str, int] = {}
         held: dict[str, Decomposed] = {}
-        for index, (identity, _, found) in enumerate(looked_up):
+        for index, (identity, _, found, _) in enumerate(looked_up):
             if identity is None:
                 continue
             if found is None:
@@ -157,8 +181,9 @@ def factorise_all(
                 held.setdefault(identity.key, found)
 
         def make(index: int) -> Decomposed:
-            weight, factorisation = requests[index]
-            return _provide(weight(), factorisation, looked_up[index].identity, started)
+            request, (identity, _, _, weight) = requests[index], looked_up[index]
+            weight = request.weight() if weight is None else weight
+            return _provide(weight, request.factorisation, identity, started)
 
         def work(keys: Sequence[str]) -> dict[str, Decomposed | Exception]:
             bar = progress(len(keys)) if progress and keys and _processes.is_first() else None
@@ -180,7 +205,7 @@ def factorise_all(
         costs = {key: looked_up[index].work for key, index in missing.items()}
         made = _processes.share_out(costs, held, work, alone=not over_processes)
         results = []
-        for index, (identity, device, found) in enumerate(looked_up):
+        for index, (identity, device, found, _) in enumerate(looked_up):
             result: Decomposed | Exception
             if identity is None:
                 result = make(index)
@@ -190,14 +215,6 @@ def factorise_all(
                 raise result
             results.append(_moved(result, device))
         return results
-
-
-@torch.no_grad()
-def _look_up(request: Request) -> _LookedUp:
-    weight = request.weight()
-    identity = _identify(weight, request.factorisation)
-    found = None if identity is None else _read(identity)
-    return _LookedUp(identity, weight.device, found)
 
 
 def _identify(weight: Tensor, factorisation: Factorisation) -> _Identity | None:

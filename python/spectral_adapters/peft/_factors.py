@@ -117,26 +117,27 @@ class FrozenFactors(nn.Module):
 
     def request(self, weight: Callable[[], Tensor]) -> spectra.Request:
         """What to compute, for a function that gives the base weight [out, in]."""
-        return spectra.Request(
-            lambda: round_to_dtype(weight(), self.base_dtype), self.factorisation
-        )
+        return spectra.Request(lambda: self._rounded(weight()), self.factorisation)
 
     def compute(self, weight: Tensor) -> Fingerprint:
         """Decompose the base weight [out, in] unless that is done; its fingerprint."""
         if self.fingerprint is not None and not self.is_stale:
             return self.fingerprint
-        rounded = round_to_dtype(weight, self.base_dtype)
-        return self.adopt(weight, spectra.factorise(rounded, self.factorisation))
+        return self.adopt(spectra.factorise(self._rounded(weight), self.factorisation))
 
-    @torch.no_grad()
-    def adopt(self, weight: Tensor, decomposed: spectra.Decomposed) -> Fingerprint:
-        """Take what :meth:`request` gave for the base weight [out, in]; its fingerprint."""
+    def adopt(self, decomposed: spectra.Decomposed) -> Fingerprint:
+        """Take what :meth:`request` asked for; its fingerprint."""
         self.basis, self.fingerprint = decomposed
         self._precision = self.basis.left.dtype
-        rounded = round_to_dtype(weight, self.base_dtype)
-        self.is_exact = rounded is weight or torch.equal(rounded.to(weight.dtype), weight)
         self.is_stale = False
         return self.fingerprint
+
+    @torch.no_grad()
+    def _rounded(self, weight: Tensor) -> Tensor:
+        """What is decomposed of a base weight."""
+        rounded = round_to_dtype(weight, self.base_dtype)
+        self.is_exact = rounded is weight or torch.equal(rounded.to(weight.dtype), weight)
+        return rounded
 
     @torch.no_grad()
     def compare(self, weight: Tensor, recorded: Fingerprint | None) -> None:

@@ -290,15 +290,18 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the base weight is not there, or not the one the adapter was trained on.
         """
+        packed = self._fingerprints[adapter]
+        recorded = Fingerprint.from_tensor(packed) if bool(packed.any()) else None
+        frozen = self._factors[adapter]
+        if recorded is None and frozen.fingerprint is not None and not frozen.is_stale:
+            self._record(adapter, frozen.fingerprint)
+            return
         weight = self._base_matrix()
         if weight.is_meta:
             raise ValueError(
                 f"{self.name}: the base weight is on the meta device and cannot be decomposed; "
                 "load the base weights first"
             )
-        packed = self._fingerprints[adapter]
-        recorded = Fingerprint.from_tensor(packed) if bool(packed.any()) else None
-        frozen = self._factors[adapter]
         if frozen.are_loaded:
             frozen.compare(weight, recorded)
         else:
@@ -308,8 +311,12 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
                     raise ValueError(self._refused(adapter, reason))
                 self._assign_factors(adapter, weight.dtype)
             if recorded is None or reason is not None:
-                here = self._factors[adapter].compute(weight)
-                self._fingerprints[adapter] = here.to_tensor().to(weight.device)
+                self._record(adapter, self._factors[adapter].compute(weight))
+        self._fingerprints.unverified.discard(adapter)
+
+    def _record(self, adapter: str, fingerprint: Fingerprint) -> None:
+        """Let an adapter remember the base weight that it is on."""
+        self._fingerprints[adapter] = fingerprint.to_tensor().to(self._base_weight.device)
         self._fingerprints.unverified.discard(adapter)
 
     def _refusal(self, adapter: str, recorded: Fingerprint, weight: Tensor) -> str | None:
@@ -683,7 +690,7 @@ def prepare(layers: Sequence[SpectralLayer], adapter: str) -> None:
         progress=_progress_bar,
     )
     for layer, decomposed in zip(due, found, strict=True):
-        layer._factors[adapter].adopt(layer._base_matrix(), decomposed)
+        layer._factors[adapter].adopt(decomposed)
     for layer in ready:
         layer._prepare(adapter)
 

@@ -422,7 +422,7 @@ def _read(identity: _Identity) -> Decomposed | None:
             path.unlink()
         return None
     with contextlib.suppress(OSError):
-        os.utime(path)
+        _mark_used(path)
     return found
 
 
@@ -460,10 +460,17 @@ def _replace(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        _mark_used(name)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _mark_used(path: Path | str) -> None:
+    # By our clock, with which it will be compared; that of the file system is coarser.
+    now = time.time()
+    os.utime(path, (now, now))
 
 
 def _make_room(size: int, since: float) -> str | None:

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -405,14 +406,22 @@ def test_a_folder_that_cannot_be_made_costs_a_warning(cache):
     _expect_no_cache(cache, "Not a directory|File exists")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_costs_a_warning(cache):
-    cache.mkdir(parents=True)
-    cache.chmod(0o500)
-    try:
-        _expect_no_cache(cache, "Permission denied")
-    finally:
-        cache.chmod(0o700)
+def test_a_read_only_folder_costs_a_warning(cache, monkeypatch):
+    with tempfile.TemporaryDirectory() as root:
+        monkeypatch.setenv("XDG_CACHE_HOME", root)
+        cache = spectra.cache_folder()
+        cache.mkdir(parents=True)
+        for folder in (root, cache.parent, cache):
+            os.chmod(folder, 0o555)
+        user = os.geteuid()
+        # Permissions do not hold for root.
+        os.seteuid(user or 65534)
+        try:
+            _expect_no_cache(cache, "Permission denied")
+        finally:
+            os.seteuid(user)
+            for folder in (root, cache.parent, cache):
+                os.chmod(folder, 0o755)
 
 
 def test_a_read_only_cache_is_read(cache, computed, monkeypatch):

@@ -238,7 +238,8 @@ def _svd(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     The eigenvectors of the smaller Gram matrix are the singular vectors of that side, and the
     others follow by a product. In float64 their error is about ``eps S_1^2 / gap``, with the
     smallest gap between the squared singular values and between the last one and 0: far below the
-    rounding to fp32 for most pretrained weights. Where it is not, the weight gets LAPACK's SVD.
+    rounding to fp32 for most pretrained weights. Where it is not, the weight gets LAPACK's SVD, on
+    CUDA by the driver that PyTorch names for weights like these.
     """
     rows, columns = exact.shape
     if min(rows, columns) >= _GRAM_FROM and dtype != torch.float64:
@@ -252,7 +253,8 @@ def _svd(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
             values = right.norm(dim=1)
             right = right / values[:, None]
             return (left, values, right) if wide is exact else (right.mT, values, left.mT)
-    return torch.linalg.svd(exact, full_matrices=False)
+    driver = {"driver": "gesvd"} if exact.is_cuda else {}
+    return torch.linalg.svd(exact, full_matrices=False, **driver)
 
 
 def _leading_svd(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

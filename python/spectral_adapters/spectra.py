@@ -31,6 +31,7 @@ from torch import Tensor
 from spectral_adapters import _processes
 from spectral_adapters.decomposition import Factorisation, Fingerprint, hash_values, widened
 from spectral_adapters.functional import SpectralBasis
+from spectral_adapters.planner import calibration_file
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -317,9 +318,8 @@ _UNREADABLE = (OSError, SafetensorError, KeyError, TypeError, ValueError, Runtim
 
 
 def cache_folder() -> Path:
-    """Where factorisations are kept: in ``$XDG_CACHE_HOME``, by default ``~/.cache``."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "spectral-kernels", "spectra")
+    """Where factorisations are kept: beside the planner's calibration."""
+    return calibration_file().parent / "spectra"
 
 
 def cache_limit() -> int:

@@ -261,7 +261,7 @@ def run_cache(options: dict[str, Any]) -> int:
     for entry in entries:
         about = entry.about()
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_use))
-        what = f"{about['weight']:24}  {about['factorisation']}" if about else "damaged"
+        what = f"{about['weight']:24}  {about['factorisation']:.90}" if about else "damaged"
         print(f"{used}  {entry.size / 1e6:9.2f} MB  {entry.path.stem[:12]}  {what}")
     print(f"{_entries(entries)} of {limit / 1e9:.3g} GB in {spectra.cache_folder()}")
     return 0

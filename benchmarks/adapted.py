@@ -11,10 +11,11 @@ import torch
 from providers import LORA_ALPHA, LORA_RANK, OFT_BLOCK, SODAForward, Unavailable, naive_forward
 from torch import Tensor, nn
 
-from spectral_adapters import decomposition
-from spectral_adapters.decomposition import Fingerprint
+from spectral_adapters import spectra
+from spectral_adapters.decomposition import Factorisation, WholeFactorisation
 from spectral_adapters.factors import balanced_factors
 from spectral_adapters.functional import SpectralBasis
+from spectral_adapters.spectra import Decomposed, Request
 
 #: The projections of the attention layers of diffusers' models.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -37,8 +38,7 @@ class Base:
     def __init__(self, model: nn.Module, targets: Sequence[str]) -> None:
         self.model = model.requires_grad_(False)
         self.targets = list(targets)
-        self._bases: dict[tuple[object, ...], SpectralBasis] = {}
-        self._fingerprints: dict[tuple[object, ...], Fingerprint] = {}
+        self._decomposed: dict[tuple[object, ...], Decomposed] = {}
         first: dict[torch.Size, Tensor] = {}
         for _, layer in self.layers(model):
             layer.weight.copy_(first.setdefault(layer.weight.shape, layer.weight))
@@ -62,49 +62,33 @@ class Base:
         tensors = (*self.model.parameters(), *self.model.buffers())
         return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
 
-    def decompose(self, weight: Tensor, kind: str, rotation: str | None) -> SpectralBasis:
-        """As ``spectral_adapters.decomposition.decompose``, once per shape."""
-        return self._remember(decompose, weight, kind, rotation)
-
-    def decompose_columns(
-        self, weight: Tensor, columns: Sequence[int], algorithm: str = "randomized"
-    ) -> SpectralBasis:
-        """As ``spectral_adapters.decomposition.decompose_columns``, once per shape."""
-        return self._remember(decompose_columns, weight, tuple(columns), algorithm)
-
-    def fingerprint(self, weight: Tensor, basis: SpectralBasis) -> Fingerprint:
-        """As ``spectral_adapters.decomposition.Fingerprint.of``, once per shape."""
-        key = (weight.shape, basis.left.shape, basis.right.shape)
-        if key not in self._fingerprints:
-            self._fingerprints[key] = fingerprint_of(weight, basis)
-        return self._fingerprints[key]
-
-    def _remember(
-        self, compute: Callable[..., SpectralBasis], weight: Tensor, *options: object
-    ) -> SpectralBasis:
-        of_layer = (compute, *options, weight.data_ptr())
-        if of_layer not in self._bases:
-            of_shape = (compute, *options, weight.shape)
-            if of_shape not in self._bases:
-                self._bases[of_shape] = compute(weight, *options)
-            left, singular_values, right = self._bases[of_shape]
+    def decompose(self, weight: Tensor, factorisation: Factorisation) -> Decomposed:
+        """As ``spectral_adapters.spectra.factorise``, once per shape and without its cache."""
+        of_layer = (factorisation, weight.data_ptr())
+        if of_layer not in self._decomposed:
+            of_shape = (factorisation, weight.shape)
+            if of_shape not in self._decomposed:
+                basis = factorisation(weight)
+                fingerprint = spectra.fingerprint_of(weight, factorisation, basis)
+                self._decomposed[of_shape] = Decomposed(basis, fingerprint)
+            (left, singular_values, right), fingerprint = self._decomposed[of_shape]
             spectrum = None if singular_values is None else singular_values.clone()
-            self._bases[of_layer] = SpectralBasis(left.clone(), spectrum, right.clone())
-        return self._bases[of_layer]
+            own = SpectralBasis(left.clone(), spectrum, right.clone())
+            self._decomposed[of_layer] = Decomposed(own, fingerprint)
+        return self._decomposed[of_layer]
+
+    def decompose_all(self, requests: Sequence[Request], **_: object) -> list[Decomposed]:
+        """As ``spectral_adapters.spectra.factorise_all``, by :meth:`decompose`."""
+        return [self.decompose(weight(), factorisation) for weight, factorisation in requests]
 
     @contextmanager
     def remembered(self) -> Iterator[None]:
         """Adapters made in this context take their decompositions from here."""
         with (
-            mock.patch.object(decomposition, "decompose", self.decompose),
-            mock.patch.object(decomposition, "decompose_columns", self.decompose_columns),
-            mock.patch.object(Fingerprint, "of", self.fingerprint),
+            mock.patch.object(spectra, "factorise", self.decompose),
+            mock.patch.object(spectra, "factorise_all", self.decompose_all),
         ):
             yield
-
-
-decompose, decompose_columns = decomposition.decompose, decomposition.decompose_columns
-fingerprint_of = Fingerprint.of
 
 
 class PlainSODALinear(nn.Module):
@@ -159,7 +143,8 @@ def with_plain(forward: SODAForward) -> Adapt:
         model = base.twin()
         for name, layer in base.layers(model):
             parent, _, attribute = name.rpartition(".")
-            plain = PlainSODALinear(layer, base.decompose(layer.weight, "svd", None), forward)
+            basis = base.decompose(layer.weight, WholeFactorisation("svd", "base")).basis
+            plain = PlainSODALinear(layer, basis, forward)
             setattr(model.get_submodule(parent), attribute, plain)
         return model
 

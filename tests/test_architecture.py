@@ -14,11 +14,11 @@ ADAPTERS = ROOT / "python" / "spectral_adapters"
 #: Layer of each module, low to high. A module imports only from layers below its own, or from
 #: itself.
 LAYERS = [
-    {"_files", "_validation"},
+    {"_files", "_processes", "_validation"},
     {"factors", "activations", "planner", "autograd"},
     {"functional"},
     {"decomposition", "rotation_bank"},
-    {"absorption"},
+    {"absorption", "spectra"},
     {"modules", "optim"},
     {"peft"},
     {"checkpoint"},

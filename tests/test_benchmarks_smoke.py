@@ -32,6 +32,8 @@ from providers import (
 from stiefel_providers import STIEFEL_PROVIDERS, StiefelCase
 from unet_providers import UNET_PROVIDERS, UNetCase, adapted_shapes
 
+from spectral_adapters import spectra
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SODA = SODACase(n=32, tokens=6, device="cpu")  # 32 is OFT's block size
 CAYLEY = {backward: CayleyCase(3, 5, backward, "cpu") for backward in (False, True)}
@@ -138,6 +140,28 @@ def test_adapted_models_share_the_base_and_its_decompositions(unet):
     assert torch.equal(left, other) and left.data_ptr() != other.data_ptr()
     after = base.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_the_second_start_finds_every_weight(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    import second_start
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SPECTRAL_KERNELS_CACHE_LIMIT", "1e9")
+    monkeypatch.setattr(spectra, "_SMALLEST", 1)
+    for name in ("svd", "eigh"):
+        monkeypatch.setattr(torch.linalg, name, getattr(torch.linalg, name))  # to be put back
+    with torch.no_grad():
+        second_start.fill("toy", torch.float32)
+    layer, _ = second_start.model_of("toy", torch.float32)[1][-1]
+    found = spectra.factorise(layer.weight, second_start.FACTORISATION).basis
+    expected = second_start.FACTORISATION(layer.weight)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    second_start.add_adapter("toy", torch.float32, "SODAConfig")
+    with pytest.raises(RuntimeError, match="a weight is decomposed"):
+        torch.linalg.svd(layer.weight)
+    assert len(capsys.readouterr().out.split()) == 2
 
 
 def test_gpu_script_runs_on_the_cpu(tmp_path):

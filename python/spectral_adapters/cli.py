@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_personalize(commands)
     add_export(commands)
     add_calibrate(commands)
+    add_cache(commands)
     options = vars(parser.parse_args(argv))
     run, name = options.pop("run"), options.pop("command")
     try:
@@ -216,6 +218,58 @@ def run_calibrate(options: dict[str, Any]) -> int:
     print(f"  a call                           {rates.call:.2g} operations")
     print(f"written: {calibration_file()}")
     return 0
+
+
+def add_cache(commands: Any) -> None:
+    """Add ``cache``."""
+    parser = commands.add_parser(
+        "cache",
+        help="list or clear the factorisations of weights that are kept on disk",
+        description=(
+            "Weights are decomposed once; the results are kept for the next start, the least "
+            "recently used making room for new ones. SPECTRAL_KERNELS_CACHE_LIMIT sets how many "
+            "bytes they may take in all; 0 switches the cache off."
+        ),
+    )
+    parser.add_argument(
+        "action", nargs="?", choices=("list", "clear"), default="list", help="(default: list)"
+    )
+    parser.add_argument(
+        "--older-than", type=float, metavar="DAYS", help="clear: only what was not used that long"
+    )
+    parser.set_defaults(run=run_cache, command="cache")
+
+
+def run_cache(options: dict[str, Any]) -> int:
+    """Print what is in the cache, or remove it."""
+    from spectral_adapters import spectra
+
+    days = options["older_than"]
+    if options["action"] == "clear":
+        with usage_errors("--older-than: "):
+            try:
+                removed = spectra.clear_cache(0.0 if days is None else days)
+            except OSError as error:
+                raise UsageError(f"{spectra.cache_folder()} cannot be cleared: {error}") from error
+        print(f"removed: {_entries(removed)} from {spectra.cache_folder()}")
+        return 0
+    if days is not None:
+        raise UsageError("--older-than is for cache clear")
+    with usage_errors():
+        limit = spectra.cache_limit()
+    entries = spectra.cache_entries()
+    for entry in entries:
+        about = entry.about()
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_use))
+        what = f"{about['weight']:24}  {about['factorisation']:.90}" if about else "damaged"
+        print(f"{used}  {entry.size / 1e6:9.2f} MB  {entry.path.stem[:12]}  {what}")
+    print(f"{_entries(entries)} of {limit / 1e9:.3g} GB in {spectra.cache_folder()}")
+    return 0
+
+
+def _entries(entries: Sequence[Any]) -> str:
+    size = sum(entry.size for entry in entries) / 1e9
+    return f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}, {size:.3g} GB,"
 
 
 def _quieten_libraries() -> None:

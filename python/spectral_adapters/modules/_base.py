@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spectral_adapters.decomposition import Fingerprint
 from spectral_adapters.functional import SpectralBasis, autocast_is_on
+from spectral_adapters.spectra import Decomposed
 
 
 class SpectralModule(nn.Module):
@@ -41,10 +42,8 @@ class SpectralModule(nn.Module):
         self.save_factors = save_factors
         self.register_state_dict_post_hook(_leave_out_frozen)
 
-    def _set_basis(self, weight: Tensor, basis: SpectralBasis) -> None:
-        self._replace_basis(basis, Fingerprint.of(weight, basis))
-
-    def _replace_basis(self, basis: SpectralBasis, fingerprint: Fingerprint) -> None:
+    def _set_basis(self, decomposed: Decomposed) -> None:
+        basis, fingerprint = decomposed
         for name, value in zip(SpectralBasis._fields, basis, strict=True):
             frozen = None if value is None else nn.Parameter(value, requires_grad=False)
             self.register_parameter(name, frozen)

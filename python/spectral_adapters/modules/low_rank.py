@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from spectral_adapters.absorption import absorbed_columns
 from spectral_adapters.autograd import SpectralALinearFunction, SpectralRLinearFunction
 from spectral_adapters.decomposition import (
+    ColumnFactorisation,
     Fingerprint,
-    decompose_columns,
     round_to_dtype,
     select_columns,
 )
 from spectral_adapters.functional import adapted_linear, low_rank_factors
 from spectral_adapters.modules._base import SpectralModule, computes_as_written
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
+from spectral_adapters.spectra import Decomposed, factorise
 
 
 class SpectralAdapterLinear(SpectralModule):
@@ -93,7 +94,7 @@ class SpectralAdapterLinear(SpectralModule):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = round_to_dtype(linear.weight.detach(), base_dtype)
         self.columns = select_columns(columns, r, min(weight.shape), offset)
-        basis = decompose_columns(weight, self.columns, algorithm)
+        decomposed = factorise(weight, ColumnFactorisation(self.columns, algorithm))
         self.base_dtype = weight.dtype
         self.base = nn.Linear(
             self.in_features, self.out_features, linear.bias is not None, device="meta"
@@ -102,8 +103,8 @@ class SpectralAdapterLinear(SpectralModule):
         self.base.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         if linear.bias is not None:
             self.base.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self._set_basis(weight, basis)
-        self._add_parameters({"dtype": basis.left.dtype, "device": weight.device})
+        self._set_basis(decomposed)
+        self._add_parameters({"dtype": decomposed.basis.left.dtype, "device": weight.device})
 
     def _add_parameters(self, options: dict[str, Any]) -> None:
         """Register the trained parameters, at the identity."""
@@ -242,7 +243,7 @@ class SpectralAdapterRLinear(SpectralAdapterLinear, RotatedLayer):
         basis = absorbed_columns(self.basis, self.rotations())
         trained = (self.rotation_left, self.rotation_right)
         before = Fingerprint.from_tensor(self.fingerprint)
-        self._replace_basis(basis, before.after(trained, basis))
+        self._set_basis(Decomposed(basis, before.after(trained, basis)))
         self.base.weight = nn.Parameter(weight, requires_grad=False)
         for packed in trained:
             packed.zero_()

@@ -37,6 +37,7 @@ from spectral_adapters.functional import (
 from spectral_adapters.modules._base import SpectralModule
 from spectral_adapters.planner import PLANS, PlanChoice, choose_plan, rates_for
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
+from spectral_adapters.spectra import Decomposed, factorise
 from spectral_kernels.ops.kron import accumulation_dtype
 
 PARAMETRIZATIONS = ("cayley", "stiefel")
@@ -89,7 +90,8 @@ class SODAModule(SpectralModule, RotatedLayer):
         weight = round_to_dtype(weight, base_dtype)
         matrix = weight.detach().reshape(weight.shape[0], -1)
         factorisation = WholeFactorisation.of(decomposition, rotation, basis_dtype)
-        basis = factorisation(matrix)
+        decomposed = factorise(matrix, factorisation)
+        basis = decomposed.basis
         rank = basis.right.shape[0]
 
         self.decomposition = decomposition
@@ -111,7 +113,7 @@ class SODAModule(SpectralModule, RotatedLayer):
             )
             self.factor_sizes = resolve_factors(factors, width, meaning)
 
-        self._set_basis(matrix, basis)
+        self._set_basis(decomposed)
         dtype = accumulation_dtype(basis.left.dtype)
         rates_for(basis.left.device, dtype)  # read before anything is traced
         options: dict[str, Any] = {"dtype": dtype, "device": weight.device}
@@ -178,7 +180,7 @@ class SODAModule(SpectralModule, RotatedLayer):
         basis = absorbed_basis(*terms[:3], **self._method())
         trained = [self.delta, *self.rotation]
         before = Fingerprint.from_tensor(self.fingerprint)
-        self._replace_basis(basis, before.after(trained, basis))
+        self._set_basis(Decomposed(basis, before.after(trained, basis)))
         self.delta.zero_()
         for parameter in self.rotation:
             reset_rotation(parameter)

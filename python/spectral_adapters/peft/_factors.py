@@ -14,6 +14,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from spectral_adapters import spectra
 from spectral_adapters.decomposition import Factorisation, Fingerprint, round_to_dtype
 from spectral_adapters.functional import SpectralBasis
 
@@ -110,17 +111,25 @@ class FrozenFactors(nn.Module):
         wanted = weight.dtype
         return self.is_exact and (self._precision == wanted or is_at_least(self._precision, wanted))
 
-    @torch.no_grad()
+    @property
+    def are_due(self) -> bool:
+        """Whether the factors are to be computed from the base weight."""
+        return self.basis is None or (self.fingerprint is not None and self.is_stale)
+
+    def request(self, weight: Callable[[], Tensor]) -> spectra.Request:
+        """What to compute, for a function that gives the base weight [out, in]."""
+        return spectra.Request(lambda: self._rounded(weight()), self.factorisation)
+
     def compute(self, weight: Tensor) -> Fingerprint:
         """Decompose the base weight [out, in] unless that is done; its fingerprint."""
         if self.fingerprint is not None and not self.is_stale:
             return self.fingerprint
-        with torch.inference_mode(False):
-            rounded = round_to_dtype(weight, self.base_dtype)
-            self.basis = self.factorisation(rounded)
-            self._precision = self.basis.left.dtype
-            self.fingerprint = self._fingerprint(rounded, self.basis)
-        self.is_exact = torch.equal(rounded.to(weight.dtype), weight)
+        return self.adopt(spectra.factorise(self._rounded(weight), self.factorisation))
+
+    def adopt(self, decomposed: spectra.Decomposed) -> Fingerprint:
+        """Take what :meth:`request` asked for; its fingerprint."""
+        self.basis, self.fingerprint = decomposed
+        self._precision = self.basis.left.dtype
         self.is_stale = False
         return self.fingerprint
 
@@ -132,17 +141,18 @@ class FrozenFactors(nn.Module):
         self.is_exact, self.is_stale = True, False
 
     @torch.no_grad()
+    def _rounded(self, weight: Tensor) -> Tensor:
+        """What is decomposed of a base weight."""
+        rounded = round_to_dtype(weight, self.base_dtype)
+        self.is_exact = rounded is weight or torch.equal(rounded.to(weight.dtype), weight)
+        return rounded
+
+    @torch.no_grad()
     def compare(self, weight: Tensor, recorded: Fingerprint | None) -> None:
         """Find out whether factors from a checkpoint are those of the base weight [out, in]."""
-        here = self._fingerprint(weight, self.on(weight.device))
+        here = spectra.fingerprint_of(weight, self.factorisation, self.on(weight.device))
         self.is_exact = recorded is not None and recorded.mismatch(here) is None
         self.is_stale = False
-
-    def _fingerprint(self, weight: Tensor, basis: SpectralBasis) -> Fingerprint:
-        if not self.factorisation.of_weight:
-            # Nothing of the weight but its shape, so that any of this shape will do.
-            weight = torch.zeros((), dtype=torch.float32)
-        return Fingerprint.of(weight, basis)
 
     def on(self, device: torch.device) -> SpectralBasis:
         """The factorisation on ``device``; it stays there."""

@@ -14,12 +14,14 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+from huggingface_hub.utils import tqdm
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, conv3d, embedding, linear
 from transformers.pytorch_utils import Conv1D
 
+from spectral_adapters import spectra
 from spectral_adapters.autograd import LowRankLinearFunction, SharedRotations
 from spectral_adapters.decomposition import Factorisation, Fingerprint
 from spectral_adapters.functional import (
@@ -191,7 +193,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         return cast(nn.Parameter, self.get_base_layer().weight)
 
     def update_layer(self, adapter_name: str, config: SpectralConfig) -> None:
-        """Add an adapter.
+        """Add an adapter; its factors are computed by :func:`prepare`, or at first use.
 
         Raises:
             ValueError: adapters are merged, the base weight is sharded, or the config does not fit
@@ -220,10 +222,6 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             chosen = BASE_DTYPES[config.base_dtype]
             base_dtype = chosen if is_at_least(base_dtype, chosen) else base_dtype
         self._assign_factors(adapter_name, base_dtype)
-        # An adapter that is about to be loaded with its factors does not need them computed.
-        awaits_factors = config.save_factors and config.inference_mode
-        if not matrix.is_meta and not awaits_factors:
-            self._prepare(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _rank(self, adapter: str) -> int:
@@ -307,15 +305,18 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the base weight is not there, or not the one the adapter was trained on.
         """
+        packed = self._fingerprints[adapter]
+        recorded = Fingerprint.from_tensor(packed) if bool(packed.any()) else None
+        frozen = self._factors[adapter]
+        if recorded is None and frozen.fingerprint is not None and not frozen.is_stale:
+            self._record(adapter, frozen.fingerprint)
+            return
         weight = self._base_matrix()
         if weight.is_meta:
             raise ValueError(
                 f"{self.name}: the base weight is on the meta device and cannot be decomposed; "
                 "load the base weights first"
             )
-        packed = self._fingerprints[adapter]
-        recorded = Fingerprint.from_tensor(packed) if bool(packed.any()) else None
-        frozen = self._factors[adapter]
         if frozen.are_loaded:
             frozen.compare(weight, recorded)
         else:
@@ -325,8 +326,12 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
                     raise ValueError(self._refused(adapter, reason))
                 self._assign_factors(adapter, weight.dtype)
             if recorded is None or reason is not None:
-                here = self._factors[adapter].compute(weight)
-                self._fingerprints[adapter] = here.to_tensor().to(weight.device)
+                self._record(adapter, self._factors[adapter].compute(weight))
+        self._fingerprints.unverified.discard(adapter)
+
+    def _record(self, adapter: str, fingerprint: Fingerprint) -> None:
+        """Let an adapter remember the base weight that it is on."""
+        self._fingerprints[adapter] = fingerprint.to_tensor().to(self._base_weight.device)
         self._fingerprints.unverified.discard(adapter)
 
     def _refusal(self, adapter: str, recorded: Fingerprint, weight: Tensor) -> str | None:
@@ -726,6 +731,41 @@ def _set_quantized_state(base: Any, state: tuple[Any, Any]) -> None:
     base.weight = state[0]
     if state[1] is not None:
         base.state = copy.copy(state[1])
+
+
+def prepare(layers: Sequence[SpectralLayer], adapter: str) -> None:
+    """Compute the factors of a new adapter on many layers in one go.
+
+    Left for their first use are those whose base weight is not there yet.
+
+    Raises:
+        ValueError: a base weight is not finite.
+    """
+
+    def can_be_prepared(layer: SpectralLayer) -> bool:
+        config = layer.configs[adapter]
+        # An adapter that is about to be loaded with its factors does not need them computed.
+        awaits_factors = config.save_factors and config.inference_mode
+        return not layer._base_weight.is_meta and not awaits_factors
+
+    ready = [layer for layer in layers if can_be_prepared(layer)]
+    due = [layer for layer in ready if layer._factors[adapter].are_due]
+    found = spectra.factorise_all(
+        [layer._factors[adapter].request(layer._base_matrix) for layer in due],
+        over_processes=True,
+        progress=_progress_bar,
+    )
+    for layer, decomposed in zip(due, found, strict=True):
+        layer._factors[adapter].adopt(decomposed)
+    for layer in ready:
+        layer._prepare(adapter)
+
+
+def _progress_bar(total: int) -> Any:
+    """A bar for what takes more than a second, on a terminal, where the libraries show theirs."""
+    return tqdm(
+        total=total, desc="Decomposing weights", unit="matrix", delay=1, disable=None, leave=False
+    )
 
 
 class SpectralLinear(SpectralLayer):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
-from spectral_adapters.peft._layer import SpectralLayer, is_sharded
+from spectral_adapters.peft._layer import SpectralLayer, is_sharded, prepare
 from spectral_adapters.rotation_bank import RotatedLayer, RotationBank
 
 
@@ -64,16 +64,16 @@ class SpectralModel(BaseTuner):
         Warns of patterns in the config that match none of them.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if any(isinstance(layer, RotatedLayer) for layer in spectral_layers(model)):
+        layers = adapted_layers(model, adapter_name)
+        prepare(layers, adapter_name)
+        if any(isinstance(layer, RotatedLayer) for layer in layers):
             # PEFT's own wrapper calls the model's forward past its hooks.
             RotationBank.attach(model).add_root(self)
         config: Any = self.peft_config[adapter_name]
         for option in self.pattern_options:
             warn_of_unused_patterns(option, getattr(config, option), model, adapter_name)
         dtypes = {
-            layer._base_weight.dtype
-            for layer in adapted_layers(model, adapter_name)
-            if layer.quantization_backend is None
+            layer._base_weight.dtype for layer in layers if layer.quantization_backend is None
         }
         # Where layers differ, each knows its own precision from the fingerprint.
         if config.base_dtype is None and len(dtypes) == 1:

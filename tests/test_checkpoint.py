@@ -5,6 +5,7 @@ This file is also a script: training in two processes, one of which may die.
 
 import contextlib
 import errno
+import faulthandler
 import json
 import math
 import os
@@ -792,6 +793,7 @@ def small_model():
 def worker(folder, rank, dying, point):
     """Train with DDP and dropout; process ``dying`` is killed at ``point``, "train" or "save"."""
     signal.alarm(TIMEOUT)
+    faulthandler.dump_traceback_later(TIMEOUT - 5)
     store = f"file://{folder}/store {point}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(small_model())
@@ -820,8 +822,8 @@ def worker(folder, rank, dying, point):
     if rank == 0:
         tensors = {name: p.detach() for name, p in model.module.named_parameters()}
         save_file(tensors, folder / "result.safetensors")
+    # The process ends here, which takes the group down without waiting for the other one.
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def together(folder, dying=-1, point="never"):

@@ -198,33 +198,33 @@ def test_bad_columns(call, message):
 
 def test_columns_of_single_modules():
     own = {"2": [5, 1]}
-    model = held({"a": config(SpectralAdapterAConfig, columns=[3, 0], columns_pattern=own)})
-    assert adapter_columns(model, "a") == {"0": (3, 0), "2": (5, 1)}
-    assert model.peft_config["a"].columns_pattern == own
+    model = held({"first": config(SpectralAdapterAConfig, columns=[3, 0], columns_pattern=own)})
+    assert adapter_columns(model, "first") == {"0": (3, 0), "2": (5, 1)}
+    assert model.peft_config["first"].columns_pattern == own
     with pytest.raises(ValueError, match=r"2: columns must hold different indices from 0 to 7"):
-        held({"a": config(SpectralAdapterAConfig, columns_pattern={"2": [9]})})
+        held({"first": config(SpectralAdapterAConfig, columns_pattern={"2": [9]})})
     for bad in ({"2": [1, 1]}, {"2": "top"}, {"2": [1.0]}, {"2": []}, [1]):
         with pytest.raises((TypeError, ValueError), match="columns_pattern"):
             config(SpectralAdapterAConfig, columns_pattern=bad)
     with pytest.warns(RuntimeWarning, match="columns_pattern has the key 'nowhere'"):
-        held({"a": config(SpectralAdapterAConfig, columns_pattern={"nowhere": [1]})})
+        held({"first": config(SpectralAdapterAConfig, columns_pattern={"nowhere": [1]})})
 
 
 def test_saved_columns_are_those_of_the_model(tmp_path):
     options = {"columns": "bottom", "r": 2, "offset": 1, "rank_pattern": {"2": 3}}
     adapters = {
-        "a": config(SpectralAdapterAConfig, **options),
-        "b": config(SpectralAdapterAConfig, r=2, columns_pattern={"2": [7, 0]}),
+        "first": config(SpectralAdapterAConfig, **options),
+        "second": config(SpectralAdapterAConfig, r=2, columns_pattern={"2": [7, 0]}),
     }
     model = held(adapters)
     model.save_pretrained(tmp_path)
     for name in adapters:
         assert saved_columns(tmp_path / name) == adapter_columns(model, name)
     with pytest.raises(ValueError, match="adapter_name must be an adapter of Spectral Adapter A"):
-        adapter_columns(model, "c")
-    held({"r": config(SpectralAdapterRConfig, r=2)}).save_pretrained(tmp_path)
+        adapter_columns(model, "third")
+    held({"other": config(SpectralAdapterRConfig, r=2)}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has one of SPECTRAL_ADAPTER_R"):
-        saved_columns(tmp_path / "r")
+        saved_columns(tmp_path / "other")
 
 
 # Rotations.
@@ -307,7 +307,7 @@ def test_gradient_fusion_is_the_least_squares_solution():
     # Regularised: the same with mu (W - W0) as further equations.
     total = sum(w * m for w, m in zip(weights, moments, strict=True))
     mu = 0.1 * float(total.diagonal().mean())
-    stacked = torch.cat([stacked, mu**0.5 * torch.eye(6)], 1)
+    stacked = torch.cat([stacked, mu**0.5 * torch.eye(6, dtype=torch.float64)], 1)
     wanted = torch.cat([wanted, mu**0.5 * base], 1)
     solution = torch.linalg.lstsq(stacked.mT, wanted.mT).solution.mT
     assert_near(base + gradient_fusion(changes, moments, weights, regularization=0.1), solution)
@@ -401,8 +401,8 @@ def test_second_moments_of_a_running_model():
     assert_near(moments["linear"], rows.mT @ rows)
     # |conv(x)|^2 summed up is tr(W C W^T).
     weight = conv.weight.flatten(1).double()
-    exact = sum(float(conv(batch).double().square().sum()) for batch in x)
-    assert float((weight @ moments["conv"] @ weight.mT).trace()) == pytest.approx(exact, rel=1e-5)
+    exact = sum(float(conv(batch).detach().double().square().sum()) for batch in x)
+    assert float((weight @ moments["conv"] @ weight.mT).detach().trace()) == pytest.approx(exact, rel=1e-5)
     assert not any(layer._forward_pre_hooks for layer in layers.values())
     for bad in (nn.Embedding(3, 4), nn.Conv2d(4, 4, 1, groups=2), nn.Conv1d(2, 2, 1), nn.Tanh()):
         with pytest.raises(ValueError, match="layers must be linear or ungrouped Conv2d; it is a"):
@@ -435,9 +435,9 @@ def dense_spectral(model, adapters, weights, name):
 
 def test_spectral_fusion_of_disjoint_blocks_is_the_sum_of_the_changes():
     blocks = {
-        "a": config(SpectralAdapterAConfig, r=2),
-        "b": config(SpectralAdapterAConfig, r=3, offset=2),
-        "c": config(SpectralAdapterAConfig, r=1, columns="bottom", target_modules=["2"]),
+        "first": config(SpectralAdapterAConfig, r=2),
+        "second": config(SpectralAdapterAConfig, r=3, offset=2),
+        "third": config(SpectralAdapterAConfig, r=1, columns="bottom", target_modules=["2"]),
     }
     model = held(blocks, lambda: mlp(torch.float64))
     changes = [weight_changes(model, name) for name in blocks]
@@ -453,22 +453,29 @@ def test_spectral_fusion_of_disjoint_blocks_is_the_sum_of_the_changes():
 @pytest.mark.parametrize("second", [{"offset": 2}, {"offset": 1}], ids=["disjoint", "overlap"])
 def test_spectral_fusion_with_weights(second):
     blocks = {
-        "a": config(SpectralAdapterAConfig, r=2),
-        "b": config(SpectralAdapterAConfig, r=2, **second),
+        "first": config(SpectralAdapterAConfig, r=2),
+        "second": config(SpectralAdapterAConfig, r=2, **second),
     }
     model = held(blocks, lambda: mlp(torch.float64))
     weights, allow = [0.5, -2.0], second["offset"] == 1
     if allow:
-        with pytest.raises(ValueError, match=r"0: columns \[1\] of a and b; 2: columns \[1\]"):
-            fuse(model, ["a", "b"], weights, method="spectral")
-        assert list(model.peft_config) == ["a", "b"]
-    fuse(model, ["a", "b"], weights, method="spectral", allow_overlap=allow)
+        with pytest.raises(
+            ValueError, match=r"0: columns \[1\] of first and second; 2: columns \[1\]"
+        ):
+            fuse(model, ["first", "second"], weights, method="spectral")
+        assert list(model.peft_config) == ["first", "second"]
+    fuse(model, ["first", "second"], weights, method="spectral", allow_overlap=allow)
     for name, change in weight_changes(model, "fused").items():
-        shifts = [(n, w) for n, w in zip(("a", "b"), weights, strict=True)]
+        shifts = [(n, w) for n, w in zip(("first", "second"), weights, strict=True)]
         assert_near(change, dense_spectral(model, *zip(*shifts, strict=True), name), factor=10)
-    for name, end in (("a", [1, 0]), ("b", [0, 1])):
+    for name, end in (("first", [1, 0]), ("second", [0, 1])):
         fuse(
-            model, ["a", "b"], end, method="spectral", adapter_name=f"{name}_", allow_overlap=allow
+            model,
+            ["first", "second"],
+            end,
+            method="spectral",
+            adapter_name=f"{name}_",
+            allow_overlap=allow,
         )
         for layer, change in weight_changes(model, f"{name}_").items():
             assert_near(change, weight_changes(model, name)[layer])
@@ -482,8 +489,8 @@ def test_spectral_fusion_keeps_the_columns_that_were_trained_on(tmp_path):
         return nn.Sequential(nn.Linear(160, 160))
 
     blocks = {
-        "a": config(SpectralAdapterAConfig, r=2, target_modules=["0"]),
-        "b": config(SpectralAdapterAConfig, r=4, offset=20, target_modules=["0"]),
+        "first": config(SpectralAdapterAConfig, r=2, target_modules=["0"]),
+        "second": config(SpectralAdapterAConfig, r=4, offset=20, target_modules=["0"]),
     }
     model = held(blocks, build)
     union = held(
@@ -491,8 +498,8 @@ def test_spectral_fusion_keeps_the_columns_that_were_trained_on(tmp_path):
         build,
     )
     layer, other = model.get_base_model()[0], union.get_base_model()[0]
-    fuse(model, ["a", "b"], method="spectral")
-    own = layer._basis("a", torch.device("cpu")).left
+    fuse(model, ["first", "second"], method="spectral")
+    own = layer._basis("first", torch.device("cpu")).left
     assert not torch.allclose(other._basis("u", torch.device("cpu")).left[:, :2], own, atol=1e-3)
     total = fuse_changes([weight_changes(model, n) for n in blocks], method="delta")
     assert_near(weight_changes(model, "fused")["0"], total["0"])
@@ -527,14 +534,14 @@ def test_geodesic_fusion(options, parametrization):
 
 
 def test_geodesic_fusion_is_refused_where_rotations_do_not_compare():
-    adapters = {"a": config(SODAConfig), "b": config(SODAConfig, rotation="right")}
+    adapters = {"first": config(SODAConfig), "second": config(SODAConfig, rotation="right")}
     model = held(adapters)
-    with pytest.raises(ValueError, match=r"adapters must have equal rotation .*'a': 'left'"):
-        fuse(model, ["a", "b"], method="geodesic")
+    with pytest.raises(ValueError, match=r"adapters must have equal rotation .*'first': 'left'"):
+        fuse(model, ["first", "second"], method="geodesic")
     with pytest.raises(ValueError, match="a weighted sum of SODA adapters is no SODA adapter"):
-        fuse(model, ["a", "b"], method="delta")
+        fuse(model, ["first", "second"], method="delta")
     with pytest.raises(ValueError, match="combination_type must be 'geodesic'"):
-        fuse(model, ["a", "b"], method="spectral")
+        fuse(model, ["first", "second"], method="spectral")
     model = held(soda_pair(factors={12: [2, 6], 8: [2, 4]}))
     layer = model.get_base_model()[2]
     for name in ("subject", "style"):
@@ -551,31 +558,31 @@ def test_geodesic_fusion_is_refused_where_rotations_do_not_compare():
 def test_adapters_are_fused_wherever_they_are(injected, tmp_path):
     """In PEFT models and in models with injected adapters, saved apart and reloaded."""
     blocks = {
-        "a": config(SpectralAdapterAConfig, r=2, columns_pattern={"2": [7, 3]}),
-        "b": config(SpectralAdapterAConfig, r=2, offset=2, target_modules=["2"]),
+        "first": config(SpectralAdapterAConfig, r=2, columns_pattern={"2": [7, 3]}),
+        "second": config(SpectralAdapterAConfig, r=2, offset=2, target_modules=["2"]),
     }
     for name, chosen in blocks.items():
-        torch.manual_seed(ord(name))
+        torch.manual_seed(len(name))
         get_peft_model(mlp(), chosen, adapter_name=name).save_pretrained(tmp_path)
     from spectral_adapters.peft import load_adapter as load_component
 
     x = torch.randn(3, 12)
-    with pytest.raises(ValueError, match=r"2: columns \[3\] of a and b"):
+    with pytest.raises(ValueError, match=r"2: columns \[3\] of first and second"):
         check_disjoint({name: saved_columns(tmp_path / name) for name in blocks})
     model = mlp()
     if injected:
-        load_component(model, tmp_path / "a", "a")
-        load_component(model, tmp_path / "b", "b")
+        load_component(model, tmp_path / "first", "first")
+        load_component(model, tmp_path / "second", "second")
     else:
-        model = PeftModel.from_pretrained(model, tmp_path / "a", "a")
-        model.load_adapter(tmp_path / "b", "b")
-    changes = [weight_changes(model, name) for name in ("a", "b")]
+        model = PeftModel.from_pretrained(model, tmp_path / "first", "first")
+        model.load_adapter(tmp_path / "second", "second")
+    changes = [weight_changes(model, name) for name in ("first", "second")]
     options = {"method": "spectral", "allow_overlap": True}
-    fuse(model, ["a", "b"], [1, 0], **options)
+    fuse(model, ["first", "second"], [1, 0], **options)
     base, first = mlp(), mlp()
     merge_changes(first, changes[0])
     assert_near(model(x), first(x))
-    plain = fuse_and_unload(model, ["a", "b"], [0, 1], **options)
+    plain = fuse_and_unload(model, ["first", "second"], [0, 1], **options)
     merge_changes(base, changes[1])
     assert_near(plain(x), base(x))
     assert not any("spectral" in name for name, _ in plain.named_parameters())
@@ -592,19 +599,19 @@ def test_adapters_are_fused_wherever_they_are(injected, tmp_path):
     ids=lambda value: value.peft_type.value,
 )
 def test_merged_sums_of_any_adapters(adapter, method):
-    model = held({"a": adapter, "b": adapter}, layered)
+    model = held({"first": adapter, "second": adapter}, layered)
     x, outputs = images(), {}
     base = {n: p.detach().clone() for n, p in layered().named_parameters()}
-    for name in ("a", "b"):
+    for name in ("first", "second"):
         model.set_adapter(name)
         outputs[name] = model(x)
-    changes = [weight_changes(model, name) for name in ("a", "b")]
-    assert outputs["a"].shape == outputs["b"].shape
-    for name in ("a", "b"):
+    changes = [weight_changes(model, name) for name in ("first", "second")]
+    assert outputs["first"].shape == outputs["second"].shape
+    for name in ("first", "second"):
         once = layered()
-        merge_changes(once, changes[name == "b"])
+        merge_changes(once, changes[name == "second"])
         assert_near(once(x), outputs[name], factor=5)
-    plain = fuse_and_unload(model, ["a", "b"], [3, 1], method=method)
+    plain = fuse_and_unload(model, ["first", "second"], [3, 1], method=method)
     shares = (0.75, 0.25) if method == "fedavg" else (3, 1)
     for name, parameter in plain.named_parameters():
         change = sum(
@@ -618,28 +625,35 @@ def test_merged_sums_of_any_adapters(adapter, method):
 
 
 def test_sums_that_are_adapters_again():
-    pair = {n: config(SVDiffConfig, spectrum_activation="identity") for n in ("a", "b")}
+    pair = {n: config(SVDiffConfig, spectrum_activation="identity") for n in ("first", "second")}
     loras = {
         n: LoraConfig(target_modules=["0"], r=r, init_lora_weights=False)
-        for n, r in (("a", 2), ("b", 3))
+        for n, r in (("first", 2), ("second", 3))
     }
-    for adapters in (pair, loras, {n: config(LiDBConfig, a=5, b=4) for n in ("a", "b")}):
+    for adapters in (pair, loras, {n: config(LiDBConfig, a=5, b=4) for n in ("first", "second")}):
         model = held(adapters)
-        fuse(model, ["a", "b"], [0.5, -1], method="delta")
-        total = fuse_changes([weight_changes(model, n) for n in "ab"], [0.5, -1], method="delta")
+        fuse(model, ["first", "second"], [0.5, -1], method="delta")
+        total = fuse_changes(
+            [weight_changes(model, n) for n in ("first", "second")], [0.5, -1], method="delta"
+        )
         for name, change in weight_changes(model, "fused").items():
             assert_near(change, total[name])
     model = held(pair)
     for layer in (model.get_base_model()[0], model.get_base_model()[2]):
-        layer.set_scale("a", 3.0)
-    scaled = weight_changes(model, "a")
-    fuse(model, ["a", "b"], [1, 0], method="delta")
+        layer.set_scale("first", 3.0)
+    scaled = weight_changes(model, "first")
+    fuse(model, ["first", "second"], [1, 0], method="delta")
     for name, change in weight_changes(model, "fused").items():
         assert_near(change, scaled[name])
-    model = held({n: config(SpectralAdapterAConfig, r=1, offset=i) for i, n in enumerate("ab")})
-    model.get_base_model()[0].set_scale("b", 0.5)
-    with pytest.raises(ValueError, match=r"must have scale 1 to be combined; \['b'\]"):
-        fuse(model, ["a", "b"], method="spectral")
+    model = held(
+        {
+            n: config(SpectralAdapterAConfig, r=1, offset=i)
+            for i, n in enumerate(("first", "second"))
+        }
+    )
+    model.get_base_model()[0].set_scale("second", 0.5)
+    with pytest.raises(ValueError, match=r"must have scale 1 to be combined; \['second'\]"):
+        fuse(model, ["first", "second"], method="spectral")
 
 
 def test_gradient_fusion_of_a_model():
@@ -666,8 +680,8 @@ def test_gradient_fusion_of_a_model():
 
 
 def test_orthogonal_adaptation():
-    rows = {"a": [0, 5], "b": columns_for("b", 12, 2, bias="none")}
-    assert not set(rows["a"]) & set(rows["b"])
+    rows = {"first": [0, 5], "second": columns_for("dog", 12, 2, bias="none")}
+    assert not set(rows["first"]) & set(rows["second"])
     model = held({n: LoraConfig(target_modules=["0"], r=2) for n in rows})
     for name, chosen in rows.items():
         model.set_adapter(name)
@@ -683,13 +697,13 @@ def test_orthogonal_adaptation():
     changes = [weight_changes(model, name) for name in rows]
     assert crosstalk(changes[0]["0"], changes[1]["0"]) < 1e-6
     # Inputs of one concept are answered as if it were alone.
-    x = orthonormal_rows(12, rows["a"]).float()
+    x = orthonormal_rows(12, rows["first"]).float()
     plain = fuse_and_unload(model, list(rows), method="orthogonal")
     alone = merge_changes(mlp(), changes[0])
     assert float((plain[0](x) - alone[0](x)).abs().max()) < 1e-6
-    model = held({"a": LoraConfig(target_modules=["0"], r=2)})
+    model = held({"first": LoraConfig(target_modules=["0"], r=2)})
     with pytest.raises(ValueError, match="rows must hold as many indices as the LoRA's rank"):
-        init_orthogonal_lora(model, [1, 2, 3], "a")
+        init_orthogonal_lora(model, [1, 2, 3], "first")
     conv = get_peft_model(layered(), LoraConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="must be a LoRA of linear layers; 0 is a Conv2d"):
         init_orthogonal_lora(conv, range(8))
@@ -697,15 +711,16 @@ def test_orthogonal_adaptation():
 
 def test_changes_as_lora(tmp_path):
     pair = {
-        "a": config(SpectralAdapterRConfig, r=2, target_modules=["0", "2.0"]),
-        "b": config(SpectralAdapterRConfig, r=2, offset=2, target_modules=["0"]),
+        "first": config(SpectralAdapterRConfig, r=2, target_modules=["0", "2.0"]),
+        "second": config(SpectralAdapterRConfig, r=2, offset=2, target_modules=["0"]),
     }
     model = held(pair, layered)
     fused = fuse_changes([weight_changes(model, n) for n in pair], method="delta")
-    lora = changes_to_lora(model, {"0": fused["0"]})
-    assert lora.rank == 4
+    one = {"0": weight_changes(model, "first")["0"]}
+    lora = changes_to_lora(model, one)
+    assert lora.rank == 2
     x = images()
-    exact = merge_changes(layered(), {"0": fused["0"]})(x)
+    exact = merge_changes(layered(), one)(x)
     loaded = inject_adapter_in_model(lora.config, layered())
     peft.set_peft_model_state_dict(loaded, lora.state_dict)
     assert_near(loaded(x), exact, factor=5)
@@ -735,25 +750,28 @@ def test_changes_that_do_not_fit_change_nothing(changes, message):
 
 
 def test_adapters_that_do_more_than_change_weights_are_refused():
-    whole = {"a": config(SVDiffConfig, modules_to_save=["4"])}
+    whole = {"first": config(SVDiffConfig, modules_to_save=["4"])}
     lora = {"target_modules": ["0"], "init_lora_weights": False}
     for adapters, message in (
         (whole, r"its modules_to_save is \['4'\]"),
-        ({"a": LoraConfig(bias="all", **lora)}, "its bias is 'all'"),
-        ({"a": LoraConfig(use_dora=True, **lora)}, "0 is a DoraLinearVariant"),
-        ({"a": peft.OFTConfig(target_modules=["0"], oft_block_size=4)}, "must be of a method of"),
+        ({"first": LoraConfig(bias="all", **lora)}, "its bias is 'all'"),
+        ({"first": LoraConfig(use_dora=True, **lora)}, "0 is a DoraLinearVariant"),
+        (
+            {"first": peft.OFTConfig(target_modules=["0"], oft_block_size=4)},
+            "must be of a method of",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            weight_changes(held(adapters), "a")
-    model = held({"a": config(SVDiffConfig)})
+            weight_changes(held(adapters), "first")
+    model = held({"first": config(SVDiffConfig)})
     with pytest.raises(ValueError, match="adapters must name adapters of this model, each once"):
-        fuse(model, ["a", "a"], method="delta")
-    with pytest.raises(ValueError, match=r"adapter_name must be one of \['a'\]"):
-        fuse_and_unload(model, ["b"], method="delta")
+        fuse(model, ["first", "first"], method="delta")
+    with pytest.raises(ValueError, match=r"adapter_name must be one of \['first'\]"):
+        fuse_and_unload(model, ["second"], method="delta")
     with pytest.raises(ValueError, match="method must be one of"):
-        fuse(model, ["a"], method="gradient")
+        fuse(model, ["first"], method="gradient")
     with pytest.raises(ValueError, match="allow_overlap is for method"):
-        fuse(model, ["a"], method="delta", allow_overlap=True)
+        fuse(model, ["first"], method="delta", allow_overlap=True)
 
 
 # Pipelines and the command line.
@@ -815,10 +833,10 @@ def sum_of(shelf, names, weights):
     return total
 
 
-def run(shelf, output, *words):
+def run(shelf, output, *words, moments=()):
     adapters = [str(shelf / word) if "--" not in word else word for word in words]
     options = ["--base", str(shelf / "base"), "--output", str(output)]
-    return cli.main(["fuse", *adapters, *options])
+    return cli.main(["fuse", *adapters, *options, *(["--moments", *moments] if moments else [])])
 
 
 def check_merged(folder, expected):
@@ -876,14 +894,8 @@ def test_command_line_merges_and_cuts(shelf, tmp_path, capsys):
             moments[name] = torch.diag((torch.arange(n) % 2 == index).double()).contiguous()
         files.append(str(tmp_path / f"{index}.safetensors"))
         save_file(moments, files[-1])
-    words = ["a0", "soda1", "--method=gradient", "--merged", "--moments", *files]
-    assert (
-        cli.main(
-            ["fuse", str(shelf / "a0"), str(shelf / "soda1"), *words[2:]]
-            + ["--base", str(shelf / "base"), "--output", str(tmp_path / "gradient")]
-        )
-        == 0
-    )
+    words = ["a0", "soda1", "--method=gradient", "--merged"]
+    assert run(shelf, tmp_path / "gradient", *words, moments=files) == 0
     found = weights_of(opened(tmp_path / "gradient"))[f"{layer}.weight"]
     for index, name in enumerate(("a0", "soda1")):
         alone = sum_of(shelf, [name], [1])[f"{layer}.weight"]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ from spectral_adapters.peft import (
 )
 from spectral_adapters.peft import load_adapter as load_component
 from spectral_adapters.peft import save_adapter as save_component
+from spectral_adapters.peft._fusion import several_adapters
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -331,7 +333,8 @@ def fuse_adapters(
     changes: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, path in folders.items():
         try:
-            load_adapter(pipe, path, name)
+            with several_adapters():
+                load_adapter(pipe, path, name)
         except (RuntimeError, ValueError, OSError) as error:
             # A RuntimeError says that it was trained on other base weights.
             raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
@@ -395,12 +398,15 @@ def fuse_adapters(
 
 
 def _names(folders: Sequence[str | Path]) -> list[str]:
-    """Different names for adapters, made of those of their folders; modules have no dots."""
+    """Different names for adapters, without dots, made of those of their folders."""
     names: list[str] = []
     for folder in folders:
         name = re.sub(r"\W+", "_", Path(folder).resolve().name) or "adapter"
-        taken = [*names, FUSED]
-        names.append(name if name not in taken else f"{name}_{len(names)}")
+        # PEFT mistakes a name that is part of its keys' prefixes for such a prefix.
+        clashes = any(name in prefix for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
+        if clashes or name in (*names, FUSED):
+            name = f"{name}_{len(names)}"
+        names.append(name)
     return names
 
 

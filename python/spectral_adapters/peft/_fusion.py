@@ -94,12 +94,18 @@ def fuse(
         return
 
     def inject(name: str) -> None:
-        with warnings.catch_warnings():
-            # That there are other adapters is what is wanted.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        with several_adapters():
             inject_adapter_in_model(configs[name], model, name)
 
     combine_adapters(model, adapters, numbers, adapter_name, kind, inject, **options)
+
+
+@contextmanager
+def several_adapters() -> Iterator[None]:
+    """Without PEFT's warning that a model has other adapters: here that is what is wanted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        yield
 
 
 @torch.no_grad()

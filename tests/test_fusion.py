@@ -400,9 +400,9 @@ def test_second_moments_of_a_running_model():
     rows = torch.cat(inputs)
     assert_near(moments["linear"], rows.mT @ rows)
     # |conv(x)|^2 summed up is tr(W C W^T).
-    weight = conv.weight.flatten(1).double()
+    weight = conv.weight.detach().flatten(1).double()
     exact = sum(float(conv(batch).detach().double().square().sum()) for batch in x)
-    assert float((weight @ moments["conv"] @ weight.mT).detach().trace()) == pytest.approx(exact, rel=1e-5)
+    assert float((weight @ moments["conv"] @ weight.mT).trace()) == pytest.approx(exact, rel=1e-5)
     assert not any(layer._forward_pre_hooks for layer in layers.values())
     for bad in (nn.Embedding(3, 4), nn.Conv2d(4, 4, 1, groups=2), nn.Conv1d(2, 2, 1), nn.Tanh()):
         with pytest.raises(ValueError, match="layers must be linear or ungrouped Conv2d; it is a"):

@@ -902,6 +902,16 @@ def test_command_line_merges_and_cuts(shelf, tmp_path, capsys):
         assert_near(found[:, index::2], alone[:, index::2].float(), factor=5)
 
 
+def test_files_of_moments_are_checked(shelf, tmp_path, capsys):
+    words = ["a0", "--method=gradient", "--merged"]
+    (tmp_path / "text").write_text("nothing")
+    assert run(shelf, tmp_path / "out", *words, moments=[str(tmp_path / "text")]) == cli.USAGE_ERROR
+    assert "moments must be safetensors files" in capsys.readouterr().err
+    save_file({"unet.conv_in": torch.eye(2)}, tmp_path / "few")
+    assert run(shelf, tmp_path / "out", *words, moments=[str(tmp_path / "few")]) == cli.USAGE_ERROR
+    assert "moments[0] must have every changed layer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -372,7 +373,7 @@ def fuse_adapters(
         else:
             save_adapter(pipe, folder, FUSED)
     else:
-        seen = None if moments is None else [load_file(str(path)) for path in moments]
+        seen = None if moments is None else [_load_moments(path) for path in moments]
         for part in parts:
             fused[part] = fuse_changes(
                 [found.get(part, {}) for found in changes.values()],
@@ -416,6 +417,13 @@ def _kind(folder: str | Path) -> str:
     for file in Path(folder).glob(f"[!.]*/{ADAPTER_CONFIG}"):
         kinds.add(json.loads(file.read_text(encoding="utf-8"))["peft_type"])
     return "+".join(sorted(kinds))
+
+
+def _load_moments(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"moments must be safetensors files; {path}: {error}") from error
 
 
 def _of_component(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

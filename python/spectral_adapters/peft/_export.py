@@ -185,17 +185,12 @@ def export_lora(
         The relative error by module, see :class:`LoRAExport`.
     """
     lora = to_lora(model, adapter_name, rank=rank)
-    save_lora(lora, directory)
-    return lora.errors
-
-
-def save_lora(lora: LoRAExport, directory: str | Path) -> None:
-    """Write a LoRA as a PEFT folder, made if it is not there."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     lora.config.save_pretrained(str(folder))
     tensors = {PREFIX + key: value for key, value in lora.state_dict.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return lora.errors
 
 
 @torch.no_grad()

@@ -936,6 +936,7 @@ def test_one_column_cannot_be_rotated():
 def test_the_export_list_is_frozen():
     """The public names."""
     assert sorted(spectral_adapters.peft.__all__) == [
+        "FUSION_METHODS",
         "LiDBConfig",
         "LoRAExport",
         "SODAConfig",
@@ -943,12 +944,21 @@ def test_the_export_list_is_frozen():
         "SpectralAdapterAConfig",
         "SpectralAdapterRConfig",
         "absorb",
+        "adapter_columns",
+        "adapter_moments",
+        "changes_to_lora",
         "export_lora",
+        "fuse",
+        "fuse_and_unload",
+        "init_orthogonal_lora",
         "load_adapter",
         "merge_and_unload",
+        "merge_changes",
         "refresh_factors",
         "rename_adapter",
         "restore_adapter",
         "save_adapter",
+        "saved_columns",
         "to_lora",
+        "weight_changes",
     ]

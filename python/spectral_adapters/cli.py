@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_personalize(commands)
     add_export(commands)
+    add_fuse(commands)
     add_calibrate(commands)
     add_cache(commands)
     options = vars(parser.parse_args(argv))
@@ -161,19 +162,123 @@ def run_export(options: dict[str, Any]) -> int:
             }
         else:
             errors = adapters.export_lora(pipe, output, rank=rank, file_format=options["format"])
+    _print_errors(errors)
+    print(f"written: {output}")
+    return 0
+
+
+def _print_errors(errors: Mapping[str, Mapping[str, float]]) -> None:
+    """What LoRAs leave out, by component and layer."""
     lines = [
         (f"{component}.{name}", lost)
         for component, found in errors.items()
         for name, lost in found.items()
     ]
-    if any(lost for _, lost in lines):
+    if any(lost > 1e-6 for _, lost in lines):
         print("relative error of the change of the weight, by layer:")
         for name, lost in lines:
             print(f"  {lost:8.4f}  {name}")
     elif lines:
         print(f"{len(lines)} layers, exact")
-    print(f"written: {output}")
+
+
+#: Those of ``spectral_adapters.peft.fuse`` and ``fuse_and_unload``.
+FUSION_METHODS = ("spectral", "geodesic", "delta", "fedavg", "orthogonal", "gradient")
+
+
+def add_fuse(commands: Any) -> None:
+    """Add ``fuse``."""
+    parser = commands.add_parser(
+        "fuse",
+        help="make one adapter, or one pipeline, of adapters that were trained apart",
+        description=(
+            "Fuse adapters of one base pipeline. spectral (Spectral Adapters A on columns of their "
+            "own) and geodesic (SODA) write an adapter; the others write a LoRA if the fused "
+            "change has a low rank or --rank cuts it. --merged writes the merged pipeline."
+        ),
+    )
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="ADAPTER[=WEIGHT]",
+        help="what personalize or save_adapter wrote, and its weight (default: 1)",
+    )
+    parser.add_argument("--base", required=True, metavar="FOLDER|ID", help="the base pipeline")
+    parser.add_argument("--method", required=True, choices=FUSION_METHODS, help="docs/fusion.md")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--merged", action="store_true", help="write the merged pipeline")
+    parser.add_argument("--rank", type=int, metavar="N", help="of the LoRA, if it is not exact")
+    parser.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="spectral: add up what several adapters do to the same column",
+    )
+    parser.add_argument(
+        "--moments",
+        nargs="+",
+        metavar="FILE",
+        help="gradient: one safetensors file per adapter, COMPONENT.LAYER to second moments",
+    )
+    parser.add_argument(
+        "--regularization",
+        type=float,
+        default=1e-6,
+        metavar="X",
+        help="gradient: pull to the base weight (default: 1e-6)",
+    )
+    parser.set_defaults(run=run_fuse, command="fuse")
+
+
+def run_fuse(options: dict[str, Any]) -> int:
+    """Load base and adapters, fuse, write, and print what was fused."""
+    given = [_weighted(text) for text in options["adapters"]]
+    method, merged, rank = options["method"], options["merged"], options["rank"]
+    if merged and rank is not None:
+        raise UsageError("--rank is for LoRAs; a merged pipeline is exact")
+    if options["allow_overlap"] and method != "spectral":
+        raise UsageError("--allow-overlap is for --method spectral")
+    if (options["moments"] is not None) != (method == "gradient"):
+        raise UsageError("--moments is for --method gradient, which needs it")
+    if options["moments"] is not None and len(options["moments"]) != len(given):
+        raise UsageError(
+            f"--moments needs one file for each of {len(given)} adapters; "
+            f"got {len(options['moments'])}"
+        )
+    _quieten_libraries()
+    from spectral_adapters.diffusers import fuse_adapters
+    from spectral_adapters.personalize.pipelines import open_base
+
+    pipe = open_base(options["base"])
+    with usage_errors():
+        fusion = fuse_adapters(
+            pipe,
+            options["output"],
+            [folder for folder, _ in given],
+            [weight for _, weight in given],
+            method=method,
+            merged=merged,
+            rank=rank,
+            moments=options["moments"],
+            regularization=options["regularization"],
+            allow_overlap=options["allow_overlap"],
+        )
+    print(fusion.report)
+    if fusion.overlap is not None:
+        print(fusion.overlap)
+    _print_errors(fusion.errors)
+    print(f"written: {options['output']}, {fusion.kind}")
     return 0
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """(folder, weight) of ADAPTER[=WEIGHT]."""
+    folder, mark, weight = text.rpartition("=")
+    if not mark or Path(text).is_dir():
+        return text, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise UsageError(f"{text}: the weight must be a number; got {weight!r}") from None
 
 
 #: Types of activations that the planner can be calibrated for.

@@ -8,34 +8,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from spectral_adapters._files import save_tensors, staged
 from spectral_adapters._validation import check_choice
-from spectral_adapters.peft import LoRAExport, merge_and_unload, restore_adapter, to_lora
+from spectral_adapters.columns import ColumnOverlap, column_overlap
+from spectral_adapters.fusion import FusionReport, check_weights, fuse_changes, report_fusion
+from spectral_adapters.peft import (
+    FUSION_METHODS,
+    LoRAExport,
+    adapter_columns,
+    changes_to_lora,
+    fuse,
+    merge_and_unload,
+    merge_changes,
+    restore_adapter,
+    to_lora,
+    weight_changes,
+)
 from spectral_adapters.peft import load_adapter as load_component
 from spectral_adapters.peft._folder import write_adapter
+from spectral_adapters.peft._fusion import several_adapters
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "LORA_FORMATS",
+    "PipelineFusion",
     "adapted_components",
     "export_lora",
     "export_merged",
+    "fuse_adapters",
     "load_adapter",
     "register_checkpoint_hooks",
     "save_adapter",
+    "save_lora",
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: Layouts of LoRA files: of ``load_lora_weights``, and of the tools that use kohya's keys.
 LORA_FORMATS = ("diffusers", "kohya")
+#: Name of the adapter that fusing makes.
+FUSED = "fused"
 
 
 def save_adapter(pipe: Any, folder: str | Path, adapter_name: str = "default") -> None:
@@ -191,16 +216,28 @@ def export_lora(
         name: to_lora(module, adapter_name, rank=rank)
         for name, module in _require_adapter(pipe, adapter_name).items()
     }
+    save_lora(pipe, folder, exports, file_format=file_format)
+    return {name: lora.errors for name, lora in exports.items()}
+
+
+def save_lora(
+    pipe: Any,
+    folder: str | Path,
+    exports: Mapping[str, LoRAExport],
+    *,
+    file_format: str = "diffusers",
+) -> None:
+    """Write LoRAs of components of ``pipe``, by name, as one file; see :func:`export_lora`."""
+    check_choice("file_format", file_format, LORA_FORMATS)
     Path(folder).mkdir(parents=True, exist_ok=True)
     if file_format == "kohya":
         _save_kohya(exports, Path(folder))
     else:
         layers = {f"{name}_lora_layers": lora.state_dict for name, lora in exports.items()}
         type(pipe).save_lora_weights(save_directory=str(folder), **layers)
-    return {name: lora.errors for name, lora in exports.items()}
 
 
-def _save_kohya(exports: dict[str, LoRAExport], folder: Path) -> None:
+def _save_kohya(exports: Mapping[str, LoRAExport], folder: Path) -> None:
     from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from diffusers.utils import convert_state_dict_to_kohya
 
@@ -222,6 +259,176 @@ def export_merged(pipe: Any, folder: str | Path, adapter_name: str = "default") 
     for module in _require_adapter(pipe, adapter_name).values():
         merge_and_unload(module, adapter_name, safe_merge=True)
     pipe.save_pretrained(str(folder))
+
+
+@dataclass(frozen=True)
+class PipelineFusion:
+    """What :func:`fuse_adapters` made.
+
+    Attributes:
+        kind: "adapter", "LoRA" or "merged pipeline".
+        report: norms and crosstalk of what went in and came out.
+        overlap: of the columns, for method "spectral".
+        errors: of a LoRA, by component and layer, as of :func:`export_lora`; empty otherwise.
+    """
+
+    kind: str
+    report: FusionReport
+    overlap: ColumnOverlap | None
+    errors: dict[str, dict[str, float]]
+
+
+def fuse_adapters(
+    pipe: Any,
+    folder: str | Path,
+    adapters: Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    *,
+    method: str,
+    merged: bool = False,
+    rank: int | None = None,
+    moments: Sequence[str | Path] | None = None,
+    regularization: float = 1e-6,
+    allow_overlap: bool = False,
+) -> PipelineFusion:
+    """Fuse adapters that were trained apart on ``pipe``, and write what comes of them.
+
+    An adapter of the same kind where there is one: "spectral", "geodesic", and "delta" of SVDiff
+    or LiDB without ``rank``. Otherwise a LoRA file, or with ``merged`` the merged pipeline.
+    ``pipe`` is changed.
+
+    Args:
+        pipe: a diffusers pipeline without adapters.
+        folder: to write; made if it is not there.
+        adapters: folders from :func:`save_adapter`; of different methods if ``method`` allows it.
+        weights: one number per adapter, 1 by default.
+        method: as for ``spectral_adapters.peft.fuse_and_unload``.
+        merged: write the merged pipeline.
+        rank: of the LoRA; None for an exact one.
+        moments: for "gradient", one safetensors file per adapter, from ``COMPONENT.LAYER`` to
+            second moments [in, in].
+        regularization, allow_overlap: as for ``spectral_adapters.peft.fuse_and_unload``.
+
+    Raises:
+        ValueError: naming the argument, or the adapter that cannot be loaded.
+    """
+    check_choice("method", method, FUSION_METHODS)
+    numbers = check_weights(weights, len(adapters))
+    folders = dict(zip(_names(adapters), adapters, strict=True))
+    kinds = {_kind(path) for path in folders.values()}
+    keeps_kind = method in ("spectral", "geodesic") or (
+        method == "delta"
+        and not merged
+        and rank is None
+        and len(kinds) == 1
+        and kinds <= {"SVDIFF", "LIDB"}
+    )
+    if keeps_kind and len(kinds) > 1:
+        raise ValueError(f"adapters must be of one method for {method!r}; got {sorted(kinds)}")
+    if keeps_kind and rank is not None:
+        raise ValueError(f"rank must be None: {method!r} makes an adapter; got {rank}")
+    changes: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for name, path in folders.items():
+        try:
+            with several_adapters():
+                load_adapter(pipe, path, name)
+        except (RuntimeError, ValueError, OSError) as error:
+            # A RuntimeError says that it was trained on other base weights.
+            raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
+        found = adapted_components(pipe, name)
+        changes[name] = {part: weight_changes(module, name) for part, module in found.items()}
+        if not keeps_kind:
+            # The next may be of another method.
+            for module in found.values():
+                merge_changes(module, {})
+    errors: dict[str, dict[str, float]] = {}
+    overlap = None
+    parts = dict.fromkeys(part for found in changes.values() for part in found)
+    fused: dict[str, dict[str, Tensor]] = {}
+    if keeps_kind:
+        columns: dict[str, dict[str, Sequence[int]]] = {name: {} for name in folders}
+        for part in parts:
+            module = _components(pipe)[part]
+            chosen = [name for name in folders if part in changes[name]]
+            if method == "spectral":
+                for name in chosen:
+                    for layer, indices in adapter_columns(module, name).items():
+                        columns[name][f"{part}.{layer}"] = indices
+            fuse(
+                module,
+                chosen,
+                [n for n, name in zip(numbers, folders, strict=True) if name in chosen],
+                method=method,
+                adapter_name=FUSED,
+                allow_overlap=allow_overlap,
+            )
+            fused[part] = weight_changes(module, FUSED)
+        overlap = column_overlap(columns) if method == "spectral" else None
+        if merged:
+            export_merged(pipe, folder, FUSED)
+        else:
+            save_adapter(pipe, folder, FUSED)
+    else:
+        seen = None if moments is None else [_load_moments(path) for path in moments]
+        for part in parts:
+            fused[part] = fuse_changes(
+                [found.get(part, {}) for found in changes.values()],
+                numbers,
+                method=method,
+                moments=None if seen is None else [_of_component(part, file) for file in seen],
+                regularization=regularization,
+            )
+        if merged:
+            for part, change in fused.items():
+                merge_changes(_components(pipe)[part], change)
+            pipe.save_pretrained(str(folder))
+        else:
+            exports = {
+                part: changes_to_lora(_components(pipe)[part], change, rank=rank)
+                for part, change in fused.items()
+            }
+            save_lora(pipe, folder, exports)
+            errors = {part: lora.errors for part, lora in exports.items()}
+    kind = "merged pipeline" if merged else "adapter" if keeps_kind else "LoRA"
+    flat = {name: _flat(found) for name, found in changes.items()}
+    return PipelineFusion(kind, report_fusion(flat, _flat(fused)), overlap, errors)
+
+
+def _names(folders: Sequence[str | Path]) -> list[str]:
+    """Different names for adapters, without dots, made of those of their folders."""
+    names: list[str] = []
+    for folder in folders:
+        name = re.sub(r"\W+", "_", Path(folder).resolve().name) or "adapter"
+        # PEFT mistakes a name that is part of its keys' prefixes for such a prefix.
+        clashes = any(name in prefix for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
+        if clashes or name in (*names, FUSED):
+            name = f"{name}_{len(names)}"
+        names.append(name)
+    return names
+
+
+def _kind(folder: str | Path) -> str:
+    """The PEFT type of a saved adapter; those of its components in case they differ."""
+    kinds = set()
+    for file in Path(folder).glob(f"[!.]*/{ADAPTER_CONFIG}"):
+        kinds.add(json.loads(file.read_text(encoding="utf-8"))["peft_type"])
+    return "+".join(sorted(kinds))
+
+
+def _load_moments(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"moments must be safetensors files; {path}: {error}") from error
+
+
+def _of_component(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    mark = f"{part}."
+    return {key.removeprefix(mark): t for key, t in tensors.items() if key.startswith(mark)}
+
+
+def _flat(changes: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": c for part, found in changes.items() for name, c in found.items()}
 
 
 def _require_adapter(pipe: Any, adapter_name: str) -> dict[str, nn.Module]:

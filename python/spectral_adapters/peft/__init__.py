@@ -7,8 +7,19 @@ The import is needed before loading an adapter as well.
 """
 
 from spectral_adapters.peft._absorb import absorb
+from spectral_adapters.peft._columns import adapter_columns, saved_columns
 from spectral_adapters.peft._export import LoRAExport, export_lora, merge_and_unload, to_lora
 from spectral_adapters.peft._folder import load_adapter, restore_adapter, save_adapter
+from spectral_adapters.peft._fusion import (
+    FUSION_METHODS,
+    adapter_moments,
+    changes_to_lora,
+    fuse,
+    fuse_and_unload,
+    init_orthogonal_lora,
+    merge_changes,
+    weight_changes,
+)
 from spectral_adapters.peft._model import refresh_factors
 from spectral_adapters.peft._rename import rename_adapter
 from spectral_adapters.peft.lidb import LiDBConfig
@@ -18,6 +29,7 @@ from spectral_adapters.peft.spectral_adapter_r import SpectralAdapterRConfig
 from spectral_adapters.peft.svdiff import SVDiffConfig
 
 __all__ = [
+    "FUSION_METHODS",
     "LiDBConfig",
     "LoRAExport",
     "SODAConfig",
@@ -25,12 +37,21 @@ __all__ = [
     "SpectralAdapterAConfig",
     "SpectralAdapterRConfig",
     "absorb",
+    "adapter_columns",
+    "adapter_moments",
+    "changes_to_lora",
     "export_lora",
+    "fuse",
+    "fuse_and_unload",
+    "init_orthogonal_lora",
     "load_adapter",
     "merge_and_unload",
+    "merge_changes",
     "refresh_factors",
     "rename_adapter",
     "restore_adapter",
     "save_adapter",
+    "saved_columns",
     "to_lora",
+    "weight_changes",
 ]

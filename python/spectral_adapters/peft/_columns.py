@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from safetensors import safe_open
+from torch import nn
 
 from spectral_adapters._validation import check_choice
 from spectral_adapters.decomposition import (
@@ -13,8 +19,9 @@ from spectral_adapters.decomposition import (
     select_columns,
 )
 from spectral_adapters.peft._config import SpectralConfig
+from spectral_adapters.peft._folder import PREFIX, WEIGHTS
 from spectral_adapters.peft._layer import SpectralLayer
-from spectral_adapters.peft._model import check_rank_pattern, pattern_value
+from spectral_adapters.peft._model import adapted_layers, check_rank_pattern, pattern_value
 
 
 @dataclass
@@ -27,6 +34,8 @@ class ColumnConfig(SpectralConfig):
         offset: leave out this many columns at the named end, so that several adapters can have
             columns of their own.
         rank_pattern: r for single modules, by name or regular expression, as in ``LoraConfig``.
+        columns_pattern: lists of indices for single modules, by name or regular expression; goes
+            before all of the above.
         algorithm: of the SVD, "randomized" or "full"
             (:func:`spectral_adapters.decomposition.decompose_columns`).
 
@@ -37,6 +46,7 @@ class ColumnConfig(SpectralConfig):
     columns: str | list[int] = field(default="top")
     offset: int = field(default=0)
     rank_pattern: dict[str, int] | None = field(default=None)
+    columns_pattern: dict[str, list[int]] | None = field(default=None)
     algorithm: str = field(default="randomized")
 
     def __post_init__(self) -> None:
@@ -49,6 +59,7 @@ class ColumnConfig(SpectralConfig):
             raise ValueError(
                 f"rank_pattern must be None when columns holds indices; got {self.rank_pattern!r}"
             )
+        check_columns_pattern(self.columns_pattern)
         for r in (self.r, *(self.rank_pattern or {}).values()):
             # All but the weight's own rank can be checked here.
             select_columns(self.columns, r, sys.maxsize, self.offset)
@@ -65,13 +76,86 @@ class ColumnLayer(SpectralLayer):
 
     def _columns(self, config: ColumnConfig) -> tuple[int, ...]:
         rank = min(self._matrix_shape())
+        chosen = pattern_value(config.columns_pattern, self.name, None)
         try:
+            if chosen is not None:
+                return select_columns(chosen, None, rank)
             return select_columns(config.columns, config.r_for(self.name), rank, config.offset)
         except ValueError as error:
-            raise ValueError(f"{self.name}: {error}; use rank_pattern for single modules") from None
+            raise ValueError(
+                f"{self.name}: {error}; use rank_pattern or columns_pattern for single modules"
+            ) from None
 
     def _factorisation(self, config: ColumnConfig) -> ColumnFactorisation:
         return ColumnFactorisation(self._columns(config), config.algorithm)
 
     def _rank(self, adapter: str) -> int:
         return len(self._columns(self.configs[adapter]))
+
+
+def adapter_columns(model: nn.Module, adapter_name: str = "default") -> dict[str, tuple[int, ...]]:
+    """The columns of an adapter of method A or R, by the name of the layer.
+
+    Raises:
+        ValueError: the model has no such adapter, or it is of another method.
+    """
+    found = {
+        layer.name: layer._columns(layer.configs[adapter_name])
+        for layer in adapted_layers(model, adapter_name)
+        if isinstance(layer, ColumnLayer)
+    }
+    if not found:
+        raise ValueError(
+            "adapter_name must be an adapter of Spectral Adapter A or R of this model; "
+            f"got {adapter_name!r}"
+        )
+    return found
+
+
+def saved_columns(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """The columns of a saved adapter of method A, by the name of the layer, without its base.
+
+    Args:
+        directory: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        ValueError: it holds an adapter of another method.
+    """
+    config: Any = PeftConfig.from_pretrained(str(directory))
+    if getattr(config, "method", None) != "SPECTRAL_ADAPTER_A":
+        raise ValueError(
+            f"directory must hold an adapter of SPECTRAL_ADAPTER_A; {directory} has one of "
+            f"{getattr(config.peft_type, 'value', config.peft_type)}"
+        )
+    found = {}
+    with safe_open(str(Path(directory) / WEIGHTS), framework="pt") as file:
+        for key in sorted(file.keys()):
+            name, mark, _ = key.removeprefix(PREFIX).partition(".spectral_adapter_a_left")
+            if mark:
+                rows, r = file.get_slice(key).get_shape()
+                columns = file.get_slice(key.replace(mark, ".spectral_adapter_a_right"))
+                rank = min(rows, columns.get_shape()[0])
+                chosen = pattern_value(config.columns_pattern, name, None)
+                if chosen is None and isinstance(config.columns, str):
+                    found[name] = select_columns(config.columns, r, rank, config.offset)
+                else:
+                    found[name] = tuple(config.columns if chosen is None else chosen)
+    return found
+
+
+def check_columns_pattern(value: Any) -> None:
+    """Raise unless ``value`` is None or maps patterns of names to different indices."""
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"columns_pattern must be a dict from module names to lists of ints; got {value!r}"
+        )
+    for pattern, columns in value.items():
+        if isinstance(columns, str):
+            raise TypeError(f"columns_pattern[{pattern!r}] must hold ints; got {columns!r}")
+        try:
+            # All but the weight's own rank can be checked here.
+            select_columns(columns, None, sys.maxsize)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"columns_pattern[{pattern!r}]: {error}") from None

@@ -94,11 +94,22 @@ def to_lora(
     for layer in layers:
         down, up, errors[layer.name] = _factors(layer, adapter_name, rank)
         factors[layer.name] = (down, up)
-    widest = max(down.shape[0] for down, _ in factors.values())
+    bases = {layer.name: layer.get_base_layer() for layer in layers}
+    return lora_of(model, bases, factors, errors)
+
+
+def lora_of(
+    model: nn.Module,
+    bases: Mapping[str, nn.Module],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    errors: dict[str, float],
+) -> LoRAExport:
+    """A LoRA from (down [q, in], up [out, q]) by module, for base layers of the same names."""
+    widest = max(len(down) for down, _ in factors.values())
     state_dict: dict[str, Tensor] = {}
-    for layer in layers:
-        state_dict.update(_tensors(layer, *factors[layer.name], widest))
-    kinds = {isinstance(layer.get_base_layer(), Conv1D) for layer in layers}
+    for name, (down, up) in factors.items():
+        state_dict.update(_tensors(name, bases[name], down, up, widest))
+    kinds = {isinstance(base, Conv1D) for base in bases.values()}
     targets = _target_modules(model, errors)
     return LoRAExport(widest, state_dict, errors, targets, kinds == {True})
 
@@ -120,38 +131,43 @@ def _factors(layer: SpectralLayer, adapter: str, rank: int | None) -> tuple[Tens
             )
         else:
             change = layer._delta_matrix(adapter, device).double().cpu()
+    down, up, error = cut_to_rank(change, rank)
+    return down, scale * up, error
+
+
+def cut_to_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The nearest (down [q, in], up [out, q]) to a change [out, in], and the relative error."""
     left, values, right = torch.linalg.svd(change, full_matrices=False)
     total = values.square().sum().sqrt()
     lost = values[rank:].square().sum().sqrt()
     error = float(lost / total) if total > 0 else 0.0
     root = values[:rank].sqrt()
-    return root[:, None] * right[:rank], scale * left[:, :rank] * root, error
+    return root[:, None] * right[:rank], left[:, :rank] * root, error
 
 
-def _tensors(layer: SpectralLayer, down: Tensor, up: Tensor, rank: int) -> dict[str, Tensor]:
+def _tensors(name: str, base: nn.Module, down: Tensor, up: Tensor, rank: int) -> dict[str, Tensor]:
     """The two tensors of one layer in PEFT's layout, padded to ``rank``."""
-    base = layer.get_base_layer()
     missing = rank - len(down)
     down = nn.functional.pad(down, (0, 0, 0, missing)).float().contiguous()
     up = nn.functional.pad(up, (0, missing)).float().contiguous()
     if isinstance(base, nn.Embedding):
         return {
-            f"{layer.name}.lora_embedding_A": up.mT.contiguous(),
-            f"{layer.name}.lora_embedding_B": down.mT.contiguous(),
+            f"{name}.lora_embedding_A": up.mT.contiguous(),
+            f"{name}.lora_embedding_B": down.mT.contiguous(),
         }
     kernel = getattr(base, "kernel_size", None)
     if isinstance(kernel, tuple):
         # The convolution of a LoRA has none of these, in PEFT and in the files of others.
         plain = {"groups": 1, "padding_mode": "zeros", "dilation": (1,) * len(kernel)}
-        for name, value in plain.items():
-            if getattr(base, name) != value:
+        for option, value in plain.items():
+            if getattr(base, option) != value:
                 raise ValueError(
-                    f"{layer.name} is a convolution with {name}={getattr(base, name)!r}, which a "
+                    f"{name} is a convolution with {option}={getattr(base, option)!r}, which a "
                     f"LoRA cannot have, only {value!r}; exclude it, or export a merged checkpoint"
                 )
         down = down.view(rank, -1, *kernel)
         up = up.view(-1, rank, *[1] * len(kernel))
-    return {f"{layer.name}.lora_A.weight": down, f"{layer.name}.lora_B.weight": up}
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
 
 
 def export_lora(
@@ -197,7 +213,13 @@ def merge_and_unload(
             layer.unmerge()
         if adapter_name in layer.configs:
             layer.merge(safe_merge=safe_merge, adapter_names=[adapter_name])
-    for name, layer in names.items():
+    take_out(model, names)
+    return model
+
+
+def take_out(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Put base layers in the place of a model's adapted layers, given by name, and forget them."""
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     plain: Any = model
@@ -205,4 +227,3 @@ def merge_and_unload(
         del plain.peft_config
     if hasattr(plain, "_hf_peft_config_loaded"):
         plain._hf_peft_config_loaded = False
-    return model

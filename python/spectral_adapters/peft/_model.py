@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -27,9 +28,13 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from spectral_adapters._validation import check_choice
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
 from spectral_adapters.peft._layer import SpectralLayer, is_sharded, prepare
 from spectral_adapters.rotation_bank import RotatedLayer, RotationBank
+
+#: How ``add_weighted_adapter`` can combine adapters.
+COMBINATIONS = ("sum", "spectral", "geodesic")
 
 
 class SpectralModel(BaseTuner):
@@ -46,6 +51,8 @@ class SpectralModel(BaseTuner):
     embedding_cls: ClassVar[type[SpectralLayer] | None] = None
     #: Options of the config that map patterns of module names to values for single modules.
     pattern_options: ClassVar[tuple[str, ...]] = ()
+    #: What ``combine`` of the layers computes, if the method has it.
+    combination: ClassVar[str] = "sum"
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -208,69 +215,35 @@ class SpectralModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "sum",
+        **options: Any,
     ) -> None:
-        """Add an adapter whose change of the weights is the weighted sum of the others' changes.
+        """Add an adapter that combines others, where the result is an adapter of the method again.
 
-        Only where the sum is an adapter of the same method again: SVDiff with
-        ``spectrum_activation="identity"``, and LiDB with equal seeds and subspaces. Modules in
-        ``modules_to_save`` have no sum: each is copied from the one adapter that has it.
+        * ``"sum"``: its change of the weights is the weighted sum of the others' changes; SVDiff
+          with ``spectrum_activation="identity"``, and LiDB with equal seeds and subspaces.
+        * ``"spectral"``: Spectral Adapters A on disjoint columns, shifts times weights; with
+          ``allow_overlap=True`` shifts of the same column are added up.
+        * ``"geodesic"``: SODA with equal settings, rotations mixed by their logarithms.
+
+        Modules in ``modules_to_save`` have no sum: each is copied from the one adapter that has it.
 
         Raises:
-            ValueError: the sum is no adapter of this method, or an argument does not fit.
+            ValueError: the combination is no adapter of this method, or an argument does not fit.
         """
-        configs: dict[str, Any] = self.peft_config
-        unknown = sorted(set(adapters) - set(configs))
-        if unknown or not adapters:
-            raise ValueError(f"adapters must name adapters of this model; got {list(adapters)!r}")
-        if len(weights) != len(adapters):
-            raise ValueError(
-                f"weights must hold one number for each of {list(adapters)!r}; got {weights!r}"
-            )
-        if adapter_name in configs:
-            raise ValueError(f"adapter_name must be new; the model already has {adapter_name!r}")
-        saved = self._saved_modules(adapters)
-        combined = self._combined_config([configs[name] for name in adapters])
-        names = {name for other in adapters for name in configs[other].modules_to_save or ()}
-        combined.modules_to_save = sorted(names) or None
-        changed = {layer for name in adapters for layer in adapted_layers(self.model, name)}
-        if changed != set(adapted_layers(self.model, adapters[0])):
-            # No rule of one of the adapters selects the layers of all.
-            combined.target_modules = "|".join(sorted(re.escape(layer.name) for layer in changed))
-            combined.exclude_modules = combined.layers_to_transform = combined.layers_pattern = None
-        configs[adapter_name] = combined
-        self.inject_adapter(self.model, adapter_name)
-        for wrapper, owner in saved:
-            copies = wrapper.modules_to_save
-            copies[adapter_name].load_state_dict(copies[owner].state_dict())
-        for layer in adapted_layers(self.model, adapter_name):
-            terms = [
-                (weight, name)
-                for weight, name in zip(weights, adapters, strict=True)
-                if name in layer.configs
-            ]
-            layer.combine(terms, adapter_name)
-
-    def _saved_modules(self, adapters: Sequence[str]) -> list[tuple[ModulesToSaveWrapper, str]]:
-        """The modules that adapters save, and whose they are; ``ValueError`` if of several."""
-        saved = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                owners = [other for other in adapters if other in module.modules_to_save]
-                if len(owners) > 1:
-                    raise ValueError(
-                        f"adapters must have different modules_to_save; {name} is one of {owners}"
-                    )
-                saved += [(module, owner) for owner in owners]
-        return saved
-
-    def _combined_config(self, configs: Sequence[Any]) -> Any:
-        """The config of a weighted sum; ``ValueError`` if it is no adapter of this method."""
-        raise ValueError(
-            f"a weighted sum of {configs[0].method} adapters is no {configs[0].method} adapter: "
-            "activate several at once (set_adapter), merge them one after the other, or export "
-            "them as LoRAs (peft.convert_to_lora) and combine those"
+        inject = partial(self.inject_adapter, self.model)
+        combine_adapters(
+            self.model, adapters, weights, adapter_name, combination_type, inject, **options
         )
+
+    @classmethod
+    def _combined_config(cls, model: nn.Module, configs: Mapping[str, Any]) -> Any:
+        """The config of a combination; ``ValueError`` if that is no adapter of this method."""
+        raise _no_sum(next(iter(configs.values())))
 
     def refresh_factors(self) -> None:
         """The function of the same name, for this model."""
@@ -322,6 +295,103 @@ def spectral_layers(model: nn.Module) -> list[SpectralLayer]:
 def adapted_layers(model: nn.Module, adapter_name: str) -> list[SpectralLayer]:
     """The layers of spectral methods that have an adapter of this name."""
     return [layer for layer in spectral_layers(model) if adapter_name in layer.configs]
+
+
+def combine_adapters(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+    inject: Callable[[str], Any],
+    **options: Any,
+) -> None:
+    """:meth:`SpectralModel.add_weighted_adapter` for any model with injected adapters.
+
+    ``inject`` adds the adapter of this name to the model by its entry in ``model.peft_config``.
+    """
+    configs: Any = getattr(model, "peft_config", {})
+    unknown = sorted(set(adapters) - set(configs))
+    if unknown or not adapters or len(set(adapters)) < len(adapters):
+        raise ValueError(
+            f"adapters must name adapters of this model, each once; got {list(adapters)!r}"
+        )
+    if len(weights) != len(adapters):
+        raise ValueError(
+            f"weights must hold one number for each of {list(adapters)!r}; got {weights!r}"
+        )
+    if adapter_name in configs:
+        raise ValueError(f"adapter_name must be new; the model already has {adapter_name!r}")
+    config = configs[adapters[0]]
+    method: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    kinds = sorted({configs[name].peft_type.value for name in adapters})
+    if len(kinds) > 1 or not issubclass(method, SpectralModel):
+        raise ValueError(
+            f"adapters must be of one method of this package to be combined; got {kinds}"
+        )
+    check_choice("combination_type", combination_type, COMBINATIONS)
+    if combination_type != method.combination:
+        if combination_type == "sum":
+            raise _no_sum(config)
+        raise ValueError(
+            f"combination_type must be {method.combination!r} for {config.method} adapters; "
+            f"got {combination_type!r}"
+        )
+    changed = {layer for name in adapters for layer in adapted_layers(model, name)}
+    scaled = [n for n in adapters if any(layer.scaling.get(n, 1) != 1 for layer in changed)]
+    if scaled and combination_type != "sum":
+        raise ValueError(f"adapters must have scale 1 to be combined; {scaled} have another")
+    saved = _saved_modules(model, adapters)
+    chosen = {name: configs[name] for name in adapters}
+    combined = method._combined_config(model, chosen, **options)
+    names = {name for other in adapters for name in configs[other].modules_to_save or ()}
+    combined.modules_to_save = sorted(names) or None
+    if changed != set(adapted_layers(model, adapters[0])):
+        # No rule of one of the adapters selects the layers of all.
+        combined.target_modules = "|".join(sorted(re.escape(layer.name) for layer in changed))
+        combined.exclude_modules = combined.layers_to_transform = combined.layers_pattern = None
+    configs[adapter_name] = combined
+    try:
+        inject(adapter_name)
+        for wrapper, owner in saved:
+            copies = wrapper.modules_to_save
+            copies[adapter_name].load_state_dict(copies[owner].state_dict())
+        for layer in adapted_layers(model, adapter_name):
+            terms = [
+                (weight * layer.scaling[name], name)
+                for weight, name in zip(weights, adapters, strict=True)
+                if name in layer.configs
+            ]
+            layer.combine(terms, adapter_name)
+    except Exception:
+        # A refused adapter leaves no trace.
+        del configs[adapter_name]
+        delete_adapter(model, adapter_name, method.prefix)
+        raise
+
+
+def _saved_modules(
+    model: nn.Module, adapters: Sequence[str]
+) -> list[tuple[ModulesToSaveWrapper, str]]:
+    """The modules that adapters save, and whose they are; ``ValueError`` if of several."""
+    saved = []
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            owners = [other for other in adapters if other in module.modules_to_save]
+            if len(owners) > 1:
+                raise ValueError(
+                    f"adapters must have different modules_to_save; {name} is one of {owners}"
+                )
+            saved += [(module, owner) for owner in owners]
+    return saved
+
+
+def _no_sum(config: SpectralConfig) -> ValueError:
+    return ValueError(
+        f"a weighted sum of {config.method} adapters is no {config.method} adapter: activate "
+        "several at once (set_adapter), merge their sum (fuse_and_unload), or export them as LoRAs "
+        "and combine those"
+    )
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -130,19 +130,22 @@ class LiDBModel(SpectralModel):
     embedding_cls = Embedding
     pattern_options = ("rank_pattern",)
 
-    def _combined_config(self, configs: Sequence[LiDBConfig]) -> LiDBConfig:
-        if any(config.rank_pattern for config in configs):
+    @classmethod
+    def _combined_config(cls, model: nn.Module, configs: Mapping[str, LiDBConfig]) -> LiDBConfig:
+        patterns = [config.rank_pattern for config in configs.values()]
+        if any(patterns):
             raise ValueError(
                 "adapters must have rank_pattern=None, or their sum is no LIDB adapter; got "
-                f"{[config.rank_pattern for config in configs]}"
+                f"{patterns}"
             )
-        frozen = {(config.a, config.b, config.seed) for config in configs}
+        frozen = {(config.a, config.b, config.seed) for config in configs.values()}
         if len(frozen) > 1:
             raise ValueError(
                 "adapters must have equal a, b and seed, or their sum is no LIDB adapter; got "
                 f"{sorted(frozen)}"
             )
-        return replace(configs[0], r=sum(config.r for config in configs), init_weights=True)
+        r = sum(config.r for config in configs.values())
+        return replace(next(iter(configs.values())), r=r, init_weights=True)
 
 
 register("lidb", LiDBConfig, LiDBModel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -25,6 +25,7 @@ from spectral_adapters.functional import (
     check_recompute,
     soda_delta_weight,
 )
+from spectral_adapters.fusion import mix_packed_rotations, mix_rotations
 from spectral_adapters.modules.soda import PARAMETRIZATIONS
 from spectral_adapters.peft._config import RANDOM_STD, SpectralConfig
 from spectral_adapters.peft._layer import (
@@ -40,6 +41,18 @@ from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 from spectral_kernels.ops.kron import accumulation_dtype
 
 Sizes = tuple[int, ...]
+
+#: What adapters must have in common for their rotations to be of the same thing.
+_SHARED_OPTIONS = (
+    "decomposition",
+    "rotation",
+    "factors",
+    "factors_pattern",
+    "parametrization",
+    "spectrum_activation",
+    "basis_dtype",
+    "base_dtype",
+)
 
 
 @dataclass
@@ -214,6 +227,24 @@ class SODALayer(SpectralLayer, RotatedLayer):
         ]
         return all(torch.equal(*pair) for pair in zip(trained, starts, strict=True))
 
+    @torch.no_grad()
+    def combine(self, terms: Sequence[tuple[float, str]], adapter: str) -> None:
+        """``delta = sum of weight * delta_i``, ``R = exp(sum of weight * log R_i)`` per factor."""
+        weights, names = zip(*terms, strict=True)
+        delta = self.soda_delta[adapter]
+        total = torch.zeros_like(delta)
+        for weight, name in terms:
+            total += weight * self.soda_delta[name].to(total)
+        delta.copy_(total)
+        packed = self._trained_sizes[adapter] is not None
+        mix = mix_packed_rotations if packed else mix_rotations
+        rotations = cast(Any, self.soda_rotation)
+        for i, factor in enumerate(rotations[adapter]):
+            try:
+                factor.copy_(mix([rotations[name][i] for name in names], weights))
+            except ValueError as error:
+                raise ValueError(f"{self.name}, factor {i}: {error}") from None
+
     def _terms(self, adapter: str, device: torch.device) -> SODATerms:
         """What the adapted weight is made of, as tensors that pass their gradients on."""
         config = self.configs[adapter]
@@ -332,6 +363,19 @@ class SODAModel(SpectralModel):
     conv_cls = Conv
     embedding_cls = Embedding
     pattern_options = ("factors_pattern",)
+    combination = "geodesic"
+
+    @classmethod
+    def _combined_config(cls, model: nn.Module, configs: Mapping[str, SODAConfig]) -> SODAConfig:
+        first = next(iter(configs.values()))
+        for option in _SHARED_OPTIONS:
+            values = {name: getattr(config, option) for name, config in configs.items()}
+            if any(value != getattr(first, option) for value in values.values()):
+                raise ValueError(
+                    f"adapters must have equal {option} for their rotations to be mixed; "
+                    f"got {values}"
+                )
+        return replace(first, init_weights=True)
 
 
 register("soda", SODAConfig, SODAModel)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from spectral_adapters.autograd import SpectralALinearFunction
+from spectral_adapters.columns import check_disjoint
+from spectral_adapters.decomposition import Fingerprint
 from spectral_adapters.functional import low_rank_factors
-from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer
+from spectral_adapters.peft._columns import ColumnConfig, ColumnLayer, adapter_columns
 from spectral_adapters.peft._config import RANDOM_STD
 from spectral_adapters.peft._layer import (
     LinearChange,
@@ -52,6 +56,35 @@ class SpectralAdapterALayer(ColumnLayer):
                 nn.init.normal_(shift, std=RANDOM_STD)
             getattr(self, name)[adapter] = nn.Parameter(shift)
 
+    @torch.no_grad()
+    def combine(self, terms: Sequence[tuple[float, str]], adapter: str) -> None:
+        """``(U + sum of weight * A_U) S (V + sum of weight * A_V)^T`` on the columns of all.
+
+        The frozen columns are those that the others were trained on: a decomposition of their union
+        need not give the same ones to the last digit.
+        """
+        device = self._base_weight.device
+        columns = self._columns(self.configs[adapter])
+        blocks = [self._columns(self.configs[name]) for _, name in terms]
+        bases = [self._basis(name, device) for _, name in terms]
+        # Of those that share a column, the first one's.
+        owned = [column for block in blocks for column in block]
+        chosen = torch.tensor([owned.index(column) for column in columns], device=device)
+        values = torch.cat([cast(Tensor, basis.singular_values) for basis in bases])
+        frozen = self._factors[adapter]
+        frozen.left = torch.cat([basis.left for basis in bases], 1)[:, chosen]
+        frozen.singular_values = values[chosen]
+        frozen.right = torch.cat([basis.right for basis in bases])[chosen]
+        assert frozen.basis is not None
+        fingerprint = Fingerprint.of(self._base_matrix(), frozen.basis)
+        self._fingerprints[adapter] = fingerprint.to_tensor().to(device)
+        for name in self.adapter_layer_names:
+            shifts = getattr(self, name)
+            total = shifts[adapter]
+            for (weight, other), block in zip(terms, blocks, strict=True):
+                place = torch.tensor([columns.index(c) for c in block], device=total.device)
+                total.index_add_(1, place, weight * shifts[other].to(total))
+
     def _low_rank(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         basis = self._basis(adapter, device)
         return low_rank_factors(basis, shifts=self._shifts(adapter, basis.left))
@@ -91,7 +124,39 @@ class SpectralAdapterAModel(SpectralModel):
     linear_cls = Linear
     conv_cls = Conv
     embedding_cls = Embedding
-    pattern_options = ("rank_pattern",)
+    pattern_options = ("rank_pattern", "columns_pattern")
+    combination = "spectral"
+
+    @classmethod
+    def _combined_config(
+        cls,
+        model: nn.Module,
+        configs: Mapping[str, SpectralAdapterAConfig],
+        *,
+        allow_overlap: bool = False,
+    ) -> SpectralAdapterAConfig:
+        blocks = {name: adapter_columns(model, name) for name in configs}
+        if not allow_overlap:
+            check_disjoint(blocks)
+        joined: dict[str, list[int]] = {}
+        # Longer names first: the pattern "0" is also one for "blocks.0".
+        for layer in sorted({n for found in blocks.values() for n in found}, key=len, reverse=True):
+            union = dict.fromkeys(c for found in blocks.values() for c in found.get(layer, ()))
+            joined[re.escape(layer)] = list(union)
+        lists = list(joined.values())
+        same = all(columns == lists[0] for columns in lists)
+        return replace(
+            next(iter(configs.values())),
+            r=None,
+            columns=lists[0] if same else "top",
+            offset=0,
+            rank_pattern=None,
+            columns_pattern=None if same else joined,
+            init_weights=True,
+            # The frozen columns are taken from the adapters, and travel along.
+            save_factors=True,
+            inference_mode=True,
+        )
 
 
 register("spectral_adapter_a", SpectralAdapterAConfig, SpectralAdapterAModel)

@@ -120,7 +120,7 @@ class SpectralAdapterRModel(SpectralModel):
     linear_cls = Linear
     conv_cls = Conv
     embedding_cls = Embedding
-    pattern_options = ("rank_pattern",)
+    pattern_options = ("rank_pattern", "columns_pattern")
 
 
 register("spectral_adapter_r", SpectralAdapterRConfig, SpectralAdapterRModel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -127,13 +127,17 @@ class SVDiffModel(SpectralModel):
     conv_cls = Conv
     embedding_cls = Embedding
 
-    def _combined_config(self, configs: Sequence[SVDiffConfig]) -> SVDiffConfig:
-        if any(config.spectrum_activation != "identity" for config in configs):
+    @classmethod
+    def _combined_config(
+        cls, model: nn.Module, configs: Mapping[str, SVDiffConfig]
+    ) -> SVDiffConfig:
+        activations = [config.spectrum_activation for config in configs.values()]
+        if any(activation != "identity" for activation in activations):
             raise ValueError(
                 'adapters must have spectrum_activation="identity", or their sum is no SVDIFF '
-                f"adapter; got {[config.spectrum_activation for config in configs]}"
+                f"adapter; got {activations}"
             )
-        return replace(configs[0])
+        return replace(next(iter(configs.values())))
 
 
 register("svdiff", SVDiffConfig, SVDiffModel)

@@ -260,7 +260,7 @@ def _svd(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def _leading_svd(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """About the leading ``count`` singular triples of a float64 matrix."""
     size = count + _OVERSAMPLING
-    block = matrix @ _random_signs(matrix.shape[1] * size, 4, matrix.device).view(-1, size)
+    block = matrix @ random_signs(matrix.shape[1] * size, 4, matrix.device).view(-1, size)
     for _ in range(_ITERATIONS):
         block = torch.linalg.qr(block).Q
         block = matrix @ torch.linalg.qr(matrix.mT @ block).Q
@@ -505,10 +505,10 @@ def _sketch(matrix: Tensor, salt: int) -> Tensor:
 
 def _signs(length: int, salt: int, device: torch.device) -> Tensor:
     """[16, length] of +-1, the same on every machine and version."""
-    return _random_signs(_SKETCH_SIZE * length, salt, device).view(_SKETCH_SIZE, length)
+    return random_signs(_SKETCH_SIZE * length, salt, device).view(_SKETCH_SIZE, length)
 
 
-def _random_signs(count: int, salt: int, device: torch.device) -> Tensor:
+def random_signs(count: int, salt: int, device: torch.device) -> Tensor:
     """[count] of +-1."""
     return (2 * ((_hash(count, salt) >> 16) & 1) - 1).double().to(device)
 

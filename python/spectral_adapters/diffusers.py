@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spectral_adapters._files import save_tensors, staged
+from spectral_adapters._files import load_tensors, save_tensors, staged
 from spectral_adapters._validation import check_choice
 from spectral_adapters.columns import ColumnOverlap, column_overlap
 from spectral_adapters.fusion import FusionReport, check_weights, fuse_changes, report_fusion
@@ -417,9 +415,9 @@ def _kind(folder: str | Path) -> str:
 
 def _load_moments(path: str | Path) -> dict[str, Tensor]:
     try:
-        return load_file(str(path))
-    except SafetensorError as error:
-        raise ValueError(f"moments must be safetensors files; {path}: {error}") from error
+        return load_tensors(Path(path))
+    except ValueError as error:
+        raise ValueError(f"moments must be safetensors files; {error}") from error
 
 
 def _of_component(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
 
 from spectral_adapters._validation import check_choice, check_square_factors, check_tensor
-from spectral_adapters.decomposition import _random_signs, select_columns
+from spectral_adapters.decomposition import random_signs, select_columns
 from spectral_adapters.functional import without_autocast
 
 #: How :func:`fuse_changes` combines changes of weights.
@@ -442,4 +442,4 @@ def orthonormal_rows(size: int, rows: Sequence[int], *, seed: int = 0) -> Tensor
     places = torch.arange(size, dtype=torch.float64)
     waves = torch.cos(torch.pi / size * chosen[:, None] * (places + 0.5)) * sqrt(2 / size)
     waves[chosen == 0] /= sqrt(2)
-    return waves * _random_signs(size, seed, waves.device)
+    return waves * random_signs(size, seed, waves.device)

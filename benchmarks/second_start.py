@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import lru_cache
 
 import torch
 from adapted import TARGETS
@@ -29,12 +30,10 @@ FACTORISATION = WholeFactorisation("svd", "base")
 
 
 def model_of(name: str, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[nn.Linear, int]]]:
-    """A UNet, and its adapted layers with their numbers; all other weights are zero."""
+    """A UNet, and its adapted layers with their numbers; the other weights are not filled in."""
     with torch.device("meta"):
         model = unet(name)
     model = model.to(dtype).to_empty(device="cpu").requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.zero_()
     layers = [
         module
         for path, module in model.named_modules()
@@ -45,6 +44,7 @@ def model_of(name: str, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[nn.Li
     return model, list(zip(layers, range(len(layers)), strict=True))
 
 
+@lru_cache
 def _first(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     rows, columns = shape
     generator = torch.Generator().manual_seed(10000 * rows + columns)
@@ -125,7 +125,7 @@ def main() -> None:
             f"{options.model}, {options.dtype}: {len(spectra.cache_entries())} entries, {size:,} B"
         )
         command = [sys.executable, __file__, "--model", options.model, "--dtype", options.dtype]
-        for config, cold in (("SODAConfig", True), ("SODAConfig", False), ("LoraConfig", False)):
+        for config, cold in (("SODAConfig", False), ("LoraConfig", False), ("SODAConfig", True)):
             times = []
             for _ in range(options.repeats):
                 if cold:

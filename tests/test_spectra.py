@@ -1012,7 +1012,7 @@ def test_stated_errors_grow_with_the_error():
     ("condition", "by_gram"), [(10.0, True), (1e3, True), (1e6, False)], ids=str
 )
 def test_the_gram_matrix_is_used_where_it_is_exact(computed, shape, condition, by_gram):
-    """Half the time, and no vector that differs by more than the rounding to fp32."""
+    """Less time, and no vector that differs by more than the rounding to fp32."""
     k = min(shape)
     values = torch.logspace(0, -float(torch.tensor(condition).log10()), k, dtype=torch.float64)
     matrix = with_spectrum(values, *shape).float()

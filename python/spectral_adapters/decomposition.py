@@ -40,7 +40,7 @@ BASIS_DTYPES = ("float32", "base")
 COLUMNS = ("top", "bottom")
 ALGORITHMS = ("randomized", "full")
 
-#: From this rank on the Gram matrix is tried, whose eigenvectors take half the time of an SVD.
+#: From this rank on the Gram matrix is tried, whose eigenvectors take less time than an SVD.
 _GRAM_FROM = 256
 
 #: The error of its vectors that is accepted: the rounding of fp32, in which they are kept at best.

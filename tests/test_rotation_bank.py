@@ -807,3 +807,12 @@ def test_one_edge_stands_for_all_factors_of_a_layer():
     assert names["SODALinearFunctionBackward"] == 4  # one of three layers is called twice
     # The adapter R of a model without PEFT takes its rotations as tensors.
     assert names["LayerRotationsFunctionBackward"] == 1
+
+
+def test_a_layer_that_came_before_gradients_wait_is_no_reason_to_refuse():
+    model = Model("merged")
+    bank = RotationBank.attach(model)
+    expected = gradients(model, passes=3)
+    model.layers[0] = copy.deepcopy(model.layers[0])
+    contexts = [bank.accumulate(), bank.accumulate(), bank.accumulate(enabled=False)]
+    assert_same(gradients(model, 3, contexts), expected)

@@ -386,6 +386,10 @@ class RotationBank:
             unseen = {key for key, entry in self._entries.items() if not entry.was_seen}
             if unseen != self._unseen:
                 self._unseen, self._must_scan = unseen, True
+            if self._must_scan and not self.has_waiting_gradients:
+                # Before this pass leaves gradients that wait, and the next one would find others.
+                self._scan()
+                self._refresh()
 
     def _scan(self) -> None:
         """Find the layers below the roots and the slots that they use now."""

@@ -792,6 +792,7 @@ def test_the_bar_of_an_adapted_model(monkeypatch, capsys):
 
     from spectral_adapters.peft import _layer
 
+    enable_progress_bars()  # whatever another test left
     adapted()
     assert capsys.readouterr().err == ""  # no terminal
 

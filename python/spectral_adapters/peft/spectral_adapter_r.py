@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,9 +95,10 @@ class SpectralAdapterRLayer(ColumnLayer, RotatedLayer):
         return [self._slot(name) for name in self.active_adapters if name in self.configs]
 
     def _slot(self, adapter: str) -> RotationSlot:
-        r = self.r[adapter]
-        packed = tuple([getattr(self, name)[adapter] for name in self.adapter_layer_names])
-        return RotationSlot(adapter, packed, (r, r))
+        # At every forward pass, and so past nn.Module.__getattr__ and ParameterDict's own lookup.
+        r, containers = self.r[adapter], cast(Any, self._modules)
+        packed = [containers[name]._parameters[adapter] for name in self.adapter_layer_names]
+        return RotationSlot(adapter, tuple(packed), (r, r))
 
 
 class Linear(SpectralLinear, SpectralAdapterRLayer):

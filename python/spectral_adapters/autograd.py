@@ -190,10 +190,10 @@ class SharedCayleyFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         found = _cayley_gradients(ctx.pool.take(), ctx.rotations, ctx.needs_input_grad[2:])
-        cast = (
-            None if grad is None else grad.to(dtype)
+        cast = [
+            grad if grad is None or grad.dtype is dtype else grad.to(dtype)
             for grad, dtype in zip(found, ctx.dtypes, strict=True)
-        )
+        ]
         return None, None, *cast
 
 

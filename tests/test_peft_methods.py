@@ -22,7 +22,7 @@ from torch import nn
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from peft import PeftModel, get_peft_model  # noqa: E402
+from peft import PeftModel, get_peft_model, inject_adapter_in_model  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -714,8 +714,6 @@ def test_exported_rank(method):
 @every_method
 def test_merge_and_unload_of_an_injected_adapter(method):
     """The merged model has plain layers and the outputs of the adapter."""
-    from peft import inject_adapter_in_model
-
     x = inputs(mlp())
     torch.manual_seed(3)
     model = inject_adapter_in_model(method(init_weights=False), mlp())
@@ -931,6 +929,16 @@ def test_one_column_cannot_be_rotated():
     """R needs two columns."""
     with pytest.raises(ValueError, match="0: r must be at least 2"):
         get_peft_model(mlp(), SpectralAdapterRConfig(target_modules=["0"], r=1))
+
+
+def test_two_methods_do_not_share_a_layer():
+    """The second is refused by name, and the first goes on."""
+    model = inject_adapter_in_model(SODAConfig(target_modules=["0", "2"]), mlp(), "first")
+    x = inputs(mlp())
+    before = model(x)
+    with pytest.raises(ValueError, match=r"0: a SVDIFF adapter cannot be added.*\['SODA'\]"):
+        inject_adapter_in_model(SVDiffConfig(target_modules=["0"]), model, "second")
+    assert torch.equal(model(x), before)
 
 
 def test_the_export_list_is_frozen():

@@ -97,8 +97,15 @@ class SpectralModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, SpectralLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
+            if isinstance(target, self.tuner_layer_cls):
+                target.update_layer(adapter_name, peft_config)
+                return
+            methods = sorted({config.method for config in target.configs.values()})
+            raise ValueError(
+                f"{current_key}: a {peft_config.method} adapter cannot be added beside those of "
+                f"{methods}; one layer takes adapters of one method: merge or delete the others, "
+                "or choose other target_modules"
+            )
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
         layer_cls = self._layer_class(peft_config, base, parent, current_key, quantization)

@@ -4,6 +4,7 @@ generation."""
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_a_half_precision_basis_is_widened():
 def test_state_dicts_know_what_was_absorbed():
     """Without factors, a state loads where the same was absorbed, and nowhere else."""
     base = nn.Linear(12, 10)
-    make = lambda: SODALinear.from_linear(base, save_factors=False)  # noqa: E731
+    make = partial(SODALinear.from_linear, base, save_factors=False)
     first = randomise(make())
     saved = copy.deepcopy(first.state_dict())
     first.absorb()
@@ -254,7 +255,10 @@ def test_what_cannot_be_absorbed():
         refused(get_peft_model(mlp(), config), "cannot be absorbed, since the fact", TypeError)
     with pytest.raises(TypeError, match="must have spectral adapters"):
         absorb(get_peft_model(mlp(), LoraConfig(target_modules=TARGETS)))
-    make = lambda: trained(get_peft_model(mlp(), CONFIGS["soda"]()))  # noqa: E731
+
+    def make():
+        return trained(get_peft_model(mlp(), CONFIGS["soda"]()))
+
     with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\]"):
         absorb(make(), "other")
     model = make()

@@ -152,7 +152,6 @@ def test_stand_alone_layers(data):
         assert is_clear(error, options), error
         return
     x = torch.randn(tokens, columns, dtype=dtype)
-    # A rotation of a single column, and a spectrum at relu's corner, have no gradient there.
     train(layer, seed)
 
     def dense(wide, exact_x):

@@ -660,7 +660,7 @@ def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
 def _random_states() -> dict[str, Tensor]:
     """The states of the generators of this process, as tensors."""
     version, words, gauss = random.getstate()
-    # A tuple, as always with legacy=True.
+    # The global generator, from which data loaders draw; a tuple with legacy=True.
     numpy_state: Any = np.random.get_state(legacy=True)  # noqa: NPY002
     kind, key, position, has_gauss, cached = numpy_state
     if kind != "MT19937":

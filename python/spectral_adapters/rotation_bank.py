@@ -312,7 +312,7 @@ class RotationBank:
         if folded is not None:
             # Never by what was called before: equal calls give equal bits.
             folded.uses = self._accumulation_steps if training else 1
-        if not training or not any([p.requires_grad for p in slot.rotation]):  # noqa: C419 (faster)
+        if not training or not any(p.requires_grad for p in slot.rotation):
             return BankedRotation(entry.values, None, folded)
         if slot.sizes is None:
             return BankedRotation(slot.rotation, None, folded)
@@ -516,7 +516,7 @@ def _alone(slot: RotationSlot) -> BankedRotation | None:
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or not torch.is_grad_enabled()
-        or not any([p.requires_grad for p in packed])  # noqa: C419 (faster)
+        or not any(p.requires_grad for p in packed)
         or not all(map(_is_plain, packed))
     ):
         return None

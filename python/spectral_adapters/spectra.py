@@ -404,6 +404,7 @@ def _read(identity: _Identity) -> Decomposed | None:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
+            # An open file is no dict, and has no other way to be gone through.
             factors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get("seal") != _seal(identity, metadata["fingerprint"], factors):
             raise ValueError("its content is not what was written")

@@ -242,6 +242,25 @@ def test_with_its_factors_the_next_adapter_loads_on_the_saved_base(tmp_path):
     assert relative_error(loaded(x), model(x)) <= 1e-5
 
 
+def test_what_is_tied_to_an_absorbed_weight_stays_as_it_was():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    model = trained(get_peft_model(Tied(), SODAConfig(target_modules=["table"])))
+    ids = torch.arange(11)
+    before, head = model(ids), model.base_model.model.head.weight.detach().clone()
+    absorb(model)
+    assert relative_error(model(ids), before) <= 1e-5
+    assert torch.equal(model.base_model.model.head.weight, head)
+
+
 def test_what_cannot_be_absorbed():
     def refused(model, match, error=ValueError):
         weights = copy.deepcopy(model.state_dict())

@@ -547,7 +547,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         assert frozen.fingerprint is not None
         basis, trained = self._absorbed(adapter, weight.device), self._trained(adapter)
         after = frozen.fingerprint.after(trained, basis)
-        weight.copy_(weight + self.get_delta_weight(adapter))
+        adapted = (weight + self.get_delta_weight(adapter)).to(weight.dtype)
+        # A new parameter: what the old one is tied to, such as an output layer, is not adapted.
+        base = cast(Any, self.get_base_layer())
+        base.weight = nn.Parameter(adapted, requires_grad=weight.requires_grad)
         frozen.absorb(basis, after)
         self._fingerprints[adapter] = after.to_tensor().to(weight.device)
         for parameter in trained:

@@ -427,7 +427,7 @@ def test_loss_of_a_perfect_denoiser_is_zero(tmp_path, prediction_type):
         }[prediction_type]
 
     fit.denoiser = perfect
-    assert float(fit._loss(0, 0)) < 1e-6
+    assert float(fit.loss(0)) < 1e-6
 
 
 def test_picks_go_through_every_item_in_each_epoch():

@@ -19,8 +19,6 @@ import copy
 import json
 import math
 import random
-import subprocess
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,30 +89,6 @@ SHEET = (
 )
 
 
-def fetch_base_styles() -> None:
-    """Unpack the npm package of every base style into the cache folder of :mod:`emoji`."""
-    for style, (package, version) in emoji.NPM_PACKAGES.items():
-        folder = emoji.npm_folder(style)
-        if (folder / "icons.json").exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        packed = subprocess.run(
-            ["npm", "pack", "--json", f"{package}@{version}"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        archive = folder / json.loads(packed.stdout)[0]["filename"]
-        with tarfile.open(archive) as tar:
-            for name in ("chars.json", "icons.json", "info.json", "package.json"):
-                member = tar.extractfile(f"package/{name}")
-                if member is None:
-                    raise RuntimeError(f"{archive.name} has no package/{name}")
-                (folder / name).write_bytes(member.read())
-        archive.unlink()
-
-
 def drawings() -> list[tuple[str, emoji.Emoji]]:
     """Return (style, emoji) of every training drawing; the held-out cat faces are not in it."""
     allowed = set(emoji.split("pretrain"))
@@ -123,7 +97,8 @@ def drawings() -> list[tuple[str, emoji.Emoji]]:
 
 def run_data(args: argparse.Namespace) -> None:
     """Render every training drawing to straight-alpha RGBA at twice the image size."""
-    fetch_base_styles()
+    for style in emoji.BASE_STYLES:
+        emoji.fetch_style(style)
     pixels = np.stack([emoji.render(emoji.svg(item, s), RENDER_SIZE) for s, item in drawings()])
     np.save(args.work / "rgba.npy", pixels)
     print(f"{len(pixels)} drawings, {RENDER_SIZE} px")

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_fuse(commands)
     add_calibrate(commands)
     add_cache(commands)
+    add_compare(commands)
     options = vars(parser.parse_args(argv))
     run, name = options.pop("run"), options.pop("command")
     try:
@@ -375,6 +376,88 @@ def run_cache(options: dict[str, Any]) -> int:
 def _entries(entries: Sequence[Any]) -> str:
     size = sum(entry.size for entry in entries) / 1e9
     return f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}, {size:.3g} GB,"
+
+
+def add_compare(commands: Any) -> None:
+    """Add ``compare``."""
+    parser = commands.add_parser(
+        "compare",
+        help="compare methods at equal numbers of trained parameters on real data",
+        description=(
+            "Carry out a plan of tasks, methods, budgets and seeds (benchmarks/quality/*.yaml): "
+            "search each method's learning rate on a development split, then train with every "
+            "seed and measure once on the test split. What is on record in --output is not done "
+            "again, so an interrupted comparison continues where it was."
+        ),
+    )
+    parser.add_argument("plan", metavar="PLAN", help="YAML file; see docs/results.md")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="records and sheets; also to continue"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes (default: 2)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="X", help="start no further run after this time"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only these of the plan")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these of the plan")
+    parser.add_argument("--budgets", nargs="+", type=int, metavar="N", help="only these")
+    parser.add_argument(
+        "--report", metavar="FILE", help="write tables and plots (Markdown, PNG beside it)"
+    )
+    parser.set_defaults(run=run_compare, command="compare")
+
+
+def run_compare(options: dict[str, Any]) -> int:
+    """Carry out what is left of the plan, then report."""
+    from spectral_adapters.compare.plan import read_plan
+
+    plan, output = read_plan(options["plan"]), Path(options["output"])
+    if options["workers"] < 1:
+        raise UsageError(f"--workers must be at least 1; got {options['workers']}")
+    chosen: dict[str, set[Any]] = {}
+    for name, known in {
+        "tasks": set(plan.tasks),
+        "methods": {method for task in plan.tasks.values() for method in task.methods},
+        "budgets": {
+            budget
+            for task in plan.tasks.values()
+            for budgets in task.methods.values()
+            for budget in budgets
+        },
+    }.items():
+        given = known if options[name] is None else set(options[name])
+        if given - known:
+            raise UsageError(
+                f"--{name}: the plan has no {', '.join(map(str, sorted(given - known)))}; "
+                f"it has {', '.join(map(str, sorted(known)))}"
+            )
+        chosen[name] = given
+    _quieten_libraries()
+    from spectral_adapters.compare.report import write_report
+    from spectral_adapters.compare.runner import Cell, compare
+
+    def only(cell: Cell) -> bool:
+        return (
+            cell.task.name in chosen["tasks"]
+            and cell.method in chosen["methods"]
+            and cell.budget in chosen["budgets"]
+        )
+
+    with usage_errors():
+        finished = compare(
+            plan,
+            output,
+            workers=options["workers"],
+            minutes=options["minutes"],
+            only=only,
+            say=lambda text: print(text, flush=True),
+        )
+        if options["report"] is not None:
+            write_report(plan, output, Path(options["report"]))
+    print(f"records: {output}" + ("" if finished else "; not finished, run it again to go on"))
+    return 0
 
 
 def _quieten_libraries() -> None:

@@ -21,6 +21,9 @@ import io
 import json
 import os
 import re
+import subprocess
+import tarfile
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,6 +323,43 @@ def npm_folder(style: str) -> Path:
     if style not in NPM_PACKAGES:
         raise ValueError(f"style must be a base style ({', '.join(BASE_STYLES)}); got {style!r}")
     return cache_dir() / "npm" / f"{style}-{NPM_PACKAGES[style][1]}"
+
+
+def fetch_style(style: str) -> None:
+    """Put a base style's npm package into the cache folder, unless it is there.
+
+    Raises:
+        FileNotFoundError: npm is not installed, or cannot get the package.
+    """
+    folder = npm_folder(style)
+    if (folder / "icons.json").exists():
+        return
+    package, version = NPM_PACKAGES[style]
+    wanted = f"{package}@{version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        try:
+            packed = subprocess.run(
+                ["npm", "pack", wanted], cwd=scratch, capture_output=True, text=True
+            )
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"style {style!r} needs npm, to fetch {wanted}; or unpack that package's "
+                f"chars.json and icons.json into {folder}"
+            ) from error
+        archives = list(Path(scratch).glob("*.tgz"))
+        if packed.returncode or not archives:
+            raise FileNotFoundError(
+                f"npm cannot get {wanted}, which style {style!r} needs: {packed.stderr[-300:]}"
+            )
+        # The one that is looked for goes last.
+        with tarfile.open(archives[0]) as tar:
+            for name in ("chars.json", "info.json", "package.json", "icons.json"):
+                member = tar.extractfile(f"package/{name}")
+                if member is None:
+                    raise FileNotFoundError(f"{wanted} holds no {name}")
+                (Path(scratch) / name).write_bytes(member.read())
+                (Path(scratch) / name).replace(folder / name)
 
 
 @functools.cache

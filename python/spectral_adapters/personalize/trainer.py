@@ -421,7 +421,7 @@ class Trainer:
         parts = self.settings.gradient_accumulation
         for micro in range(parts):
             with self.accelerator.accumulate(self.denoiser), self._deferring(micro < parts - 1):
-                loss = self._loss(step, micro)
+                loss = self.loss(step, micro)
                 self.accelerator.backward(loss)
                 gathered = self.accelerator.gather(loss.detach().reshape(1))
                 total += float(gathered.mean()) / self.settings.gradient_accumulation
@@ -446,7 +446,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _loss(self, step: int, micro: int) -> Tensor:
+    def loss(self, step: int, micro: int = 0) -> Tensor:
         """The denoising loss of one micro-batch, a scalar."""
         settings = self.settings
         examples = [self._examples(self.conditions, "batch", step, micro)]

@@ -1,0 +1,1 @@
+"""``spectral-adapters compare``: methods at equal budgets, on data that installs as packages."""

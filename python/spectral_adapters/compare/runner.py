@@ -1,0 +1,413 @@
+"""Carries out a plan: searches learning rates on the development split, then runs what counts.
+
+The unit of work is a *cell*: one method at one budget on one task. Cells are shared out over
+processes; every run of a cell is recorded when it ends, and a run that is on record is not done
+again.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectral_adapters.compare.methods import BASE, FULL, LABELS, Schedule, Tuned, tune
+from spectral_adapters.compare.plan import START, Plan, PlannedTask
+from spectral_adapters.compare.records import (
+    Record,
+    append_record,
+    key_of,
+    latest,
+    read_records,
+)
+from spectral_adapters.compare.tasks import Task, make_task
+
+#: The seed of the runs that choose learning rates; not one of those that count.
+SWEEP_SEED = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget on one task."""
+
+    task: PlannedTask
+    method: str
+    budget: int
+
+    def __str__(self) -> str:
+        size = f" at {self.budget:,}" if self.budget else ""
+        return f"{self.task.name}: {LABELS[self.method]}{size}"
+
+
+def cells_of(plan: Plan) -> list[Cell]:
+    """The cells of a plan in its order, the first budgets of all methods first."""
+    found = []
+    for task in plan.tasks.values():
+        most = max(len(budgets) for budgets in task.methods.values())
+        for index in range(most):
+            found += [
+                Cell(task, method, budgets[index])
+                for method, budgets in task.methods.items()
+                if index < len(budgets)
+            ]
+    return found
+
+
+def compare(
+    plan: Plan,
+    output: Path,
+    *,
+    workers: int = 1,
+    minutes: float | None = None,
+    only: Callable[[Cell], bool] = lambda cell: True,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Carry out what is left of a plan.
+
+    Args:
+        plan: from :func:`spectral_adapters.compare.plan.read_plan`.
+        output: gets ``runs.jsonl`` and ``sheets/``.
+        workers: processes; the machine's threads are shared out over them.
+        minutes: start no further run after this time.
+        only: which cells.
+        say: told of every cell that is finished.
+
+    Returns:
+        Whether everything asked for is on record now.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    ends = math.inf if minutes is None else time.time() + 60 * minutes
+    cells = [cell for cell in cells_of(plan) if only(cell)]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    finished = True
+    began = time.time()
+    # A fresh process per worker: forked ones would share the parent's threads and locks.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
+        jobs = {pool.submit(run_cell, cell, plan.rates, output, ends): cell for cell in cells}
+        for number, job in enumerate(as_completed(jobs), 1):
+            done, runs = job.result()
+            finished &= done
+            if runs:
+                state = "" if done else ", not finished"
+                say(
+                    f"[{number}/{len(jobs)}, {(time.time() - began) / 60:.1f} min] "
+                    f"{jobs[job]}: {runs} runs{state}"
+                )
+        if plan.merge is not None and finished:
+            subject, style = plan.tasks[plan.merge["subject"]], plan.tasks[plan.merge["style"]]
+            pairs = [c for c in cells if c.task is subject and c.method not in (BASE, FULL)]
+            for job in [pool.submit(merge_cell, subject, style, c, output) for c in pairs]:
+                job.result()
+    if plan.cost is not None and finished:
+        finished &= _costs(plan, output, ends, only, say)
+    return finished
+
+
+def _start_worker(threads: int) -> None:
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    torch.set_num_threads(threads)
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+@cache
+def _task(name: str, kind: str, options: tuple[tuple[str, Any], ...]) -> Task:
+    return make_task(kind, dict(options))
+
+
+def load_task(task: PlannedTask) -> Task:
+    """The task with its data; the same object while a process works on it."""
+    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in task.options.items()}
+    return _task(task.name, task.kind, tuple(sorted(frozen.items())))
+
+
+def _record(cell: Cell, kind: str, rate: float | None, seed: int) -> Record:
+    """What a run is, without its results."""
+    return {
+        "task": cell.task.name,
+        "digest": cell.task.digest,
+        "method": cell.method,
+        "budget": cell.budget,
+        "kind": kind,
+        "rate": rate,
+        "seed": seed,
+    }
+
+
+class _Cell:
+    """What is on record of a cell, and how to do what is not."""
+
+    def __init__(self, cell: Cell, output: Path, ends: float) -> None:
+        self.cell, self.output, self.ends = cell, output, ends
+        self.done = latest(read_records(output))
+        self.runs = 0
+
+    def run(self, kind: str, rate: float | None, seed: int) -> Record | None:
+        """The record of a run, made now if need be; None if there is no time left."""
+        cell = self.cell
+        record = _record(cell, kind, rate, seed)
+        found = self.done.get(key_of(record))
+        if found is not None:
+            return found
+        if time.time() >= self.ends:
+            return None
+        record.update(run_once(cell, kind, rate, seed, self.output))
+        append_record(self.output, record)
+        self.done[key_of(record)] = record
+        self.runs += 1
+        return record
+
+
+def run_cell(
+    cell: Cell, rates: tuple[float, ...], output: Path, ends: float = math.inf
+) -> tuple[bool, int]:
+    """Do what is left of a cell; whether all of it is on record now, and how many runs it took.
+
+    The learning rate: three in the middle of ``rates`` are tried with a seed of its own, and as
+    long as the best of all is at an end, the next one beyond it. It is chosen by the first metric
+    on the development split. Then a run for each seed, measured once on the test split.
+    """
+    state = _Cell(cell, output, ends)
+    if cell.method == BASE:
+        done = state.run("final", None, SWEEP_SEED) is not None
+        return done, state.runs
+    low = (len(rates) - START) // 2
+    high = low + START
+    tried: dict[int, float] = {}
+    while True:
+        for index in range(low, high):
+            if index not in tried:
+                record = state.run("sweep", rates[index], SWEEP_SEED)
+                if record is None:
+                    return False, state.runs
+                if record.get("trained") is None:  # the method has no such size
+                    return True, state.runs
+                tried[index] = _worth(cell.task, record)
+        best = max(tried, key=lambda index: tried[index])
+        if best == low and low > 0:
+            low -= 1
+        elif best == high - 1 and high < len(rates):
+            high += 1
+        else:
+            break
+    for seed in cell.task.seeds:
+        if state.run("final", rates[best], seed) is None:
+            return False, state.runs
+    return True, state.runs
+
+
+def _worth(task: PlannedTask, record: Record) -> float:
+    """What the learning rate is chosen by; more is better."""
+    from spectral_adapters.compare.tasks import task_class
+
+    first = task_class(task.kind).metrics[0]
+    value = record["scores"].get(first.key, math.nan)
+    if record["diverged"] or not math.isfinite(value):
+        return -math.inf
+    return value if first.higher_is_better else -value
+
+
+def prepare(task: Task, method: str, budget: int, seed: int) -> Tuned | None:
+    """A fresh base model with a method's adapter; None if the method has no such size."""
+    return tune(task.fresh(), method, task.shapes(), budget, Schedule(task.steps, seed))
+
+
+def run_once(
+    cell: Cell, kind: str, rate: float | None, seed: int, output: Path | None = None
+) -> Record:
+    """Train and measure one adapter."""
+    task = load_task(cell.task)
+    split = "dev" if kind == "sweep" else "test"
+    began = time.perf_counter()
+    if cell.method == BASE:
+        model = task.fresh().eval()
+        scores = task.evaluate(model, split)
+        _keep_pictures(task, cell, model, output)
+        return {"trained": 0, "split": split, "scores": _rounded(scores)}
+    tuned = prepare(task, cell.method, cell.budget, seed)
+    if tuned is None:
+        return {"trained": None}
+    setup = time.perf_counter() - began
+    assert rate is not None
+    trained = task.train(tuned, rate, seed, final=kind == "final")
+    middle = time.perf_counter()
+    scores = {} if trained.diverged else task.evaluate(tuned.model, split)
+    if kind == "final" and seed == cell.task.seeds[0] and not trained.diverged:
+        _keep_pictures(task, cell, tuned.model, output)
+    if kind == "final" and not trained.diverged:
+        _keep_changes(task, cell, tuned.model, seed, output)
+    return {
+        "trained": tuned.count,
+        "layers": None if tuned.sizes is None else len(tuned.sizes.layers),
+        "split": split,
+        "scores": _rounded(scores),
+        "diverged": trained.diverged,
+        "losses": trained.losses,
+        "curve": {str(step): _rounded(found) for step, found in trained.curve.items()},
+        "seconds": {
+            "setup": round(setup, 3),
+            "train": round(middle - began - setup, 2),
+            "evaluate": round(time.perf_counter() - middle, 2),
+            "step": round(trained.seconds_per_step, 4),
+        },
+    }
+
+
+def _rounded(scores: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in scores.items()}
+
+
+def _keep_pictures(task: Task, cell: Cell, model: nn.Module, output: Path | None) -> None:
+    """Draw the row of the sheet that belongs to a cell."""
+    drawn = None if output is None else task.pictures(model)
+    if drawn is None or output is None:
+        return
+    from PIL import Image
+
+    folder = output / "sheets" / cell.task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    row = (torch.cat(list(drawn), 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    Image.fromarray(row.cpu().numpy()).save(folder / f"{cell.method}-{cell.budget}.png")
+
+
+def _keep_changes(task: Task, cell: Cell, model: nn.Module, seed: int, output: Path | None) -> None:
+    """Keep what was learned of pictures, for subject and style in one model."""
+    from spectral_adapters._files import save_tensors
+    from spectral_adapters.compare.tasks.style import Style, Subject, weight_changes
+
+    if output is None or not isinstance(task, (Style, Subject)) or cell.method == FULL:
+        return
+    folder = output / "changes" / cell.task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"{cell.method}-{cell.budget}-{seed}.safetensors"
+    save_tensors(place, weight_changes(model, task.base))
+
+
+def _costs(
+    plan: Plan,
+    output: Path,
+    ends: float,
+    only: Callable[[Cell], bool],
+    say: Callable[[str], None],
+) -> bool:
+    """Measure time and memory of each method, one process after the other, with all threads."""
+    assert plan.cost is not None
+    task, budget, steps = plan.tasks[plan.cost["task"]], plan.cost["budget"], plan.cost["steps"]
+    done = latest(read_records(output))
+    context = multiprocessing.get_context("spawn")
+    for method in task.methods:
+        cell = Cell(task, method, 0 if method in (BASE, FULL) else budget)
+        record = _record(cell, "cost", None, SWEEP_SEED)
+        if method == BASE or not only(cell) or key_of(record) in done:
+            continue
+        if time.time() >= ends:
+            return False
+        threads = os.cpu_count() or 1
+        with ProcessPoolExecutor(1, context, _start_worker, (threads,)) as pool:
+            measured = pool.submit(measure_cost, cell, steps).result()
+        append_record(output, {**record, **measured})
+        say(f"cost of {cell}")
+    return True
+
+
+def measure_cost(cell: Cell, steps: int) -> Record:
+    """Set-up, seconds per step, memory and file size of one method, in a process of its own.
+
+    Set-up is decomposing and injecting, without the cache of decompositions. Memory is what the
+    process grew by from the loaded base model to the peak of training.
+    """
+    from peft import get_peft_model_state_dict
+
+    os.environ["SPECTRAL_KERNELS_CACHE_LIMIT"] = "0"
+    task = load_task(cell.task)
+    task.steps = steps
+    model = task.fresh()
+    before = _resident()
+    began = time.perf_counter()
+    tuned = tune(model, cell.method, task.shapes(), cell.budget, Schedule(steps, SWEEP_SEED))
+    if tuned is None:
+        return {"trained": None}
+    setup = time.perf_counter() - began
+    trained = task.train(tuned, 1e-4, SWEEP_SEED)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    state = (
+        dict(tuned.model.state_dict())
+        if cell.method == FULL
+        else get_peft_model_state_dict(tuned.model, adapter_name="default")
+    )
+    return {
+        "trained": tuned.count,
+        "seconds": {"setup": round(setup, 3), "step": round(trained.seconds_per_step, 4)},
+        "memory": peak - before,
+        "bytes": sum(v.numel() * v.element_size() for v in state.values()),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions(),
+    }
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    import peft
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def merge_cell(subject: PlannedTask, style: PlannedTask, cell: Cell, output: Path) -> int:
+    """Subject and style in one model, ``W0 + dW_subject + dW_style``, once for every seed.
+
+    Returns:
+        How many were measured now.
+    """
+    from safetensors.torch import load_file
+
+    from spectral_adapters.compare.tasks.style import Subject, with_changes
+
+    state = latest(read_records(output))
+    measured = 0
+    for seed in subject.seeds:
+        record = _record(cell, "merged", None, seed)
+        places = [
+            output / "changes" / task.name / f"{cell.method}-{cell.budget}-{seed}.safetensors"
+            for task in (subject, style)
+        ]
+        if key_of(record) in state or not all(place.is_file() for place in places):
+            continue
+        task = load_task(subject)
+        assert isinstance(task, Subject)
+        model = with_changes(task.base, *(load_file(place) for place in places)).eval()
+        scores = _rounded(task.evaluate_merged(model))
+        append_record(output, {**record, "split": "test", "scores": scores})
+        measured += 1
+    return measured

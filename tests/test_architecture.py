@@ -24,6 +24,7 @@ LAYERS = [
     {"checkpoint"},
     {"diffusers"},
     {"personalize"},
+    {"compare"},
     {"cli"},
     {"__main__"},
 ]
@@ -72,7 +73,7 @@ def test_kernels_know_nothing_of_adapters_nor_of_integrations():
 
 
 def test_integrations_are_imported_only_where_they_integrate():
-    allowed = {"peft", "diffusers", "personalize", "cli", "__main__"}
+    allowed = {"peft", "diffusers", "personalize", "compare", "cli", "__main__"}
     for path in ADAPTERS.rglob("*.py"):
         module = path.relative_to(ADAPTERS).with_suffix("").parts[0]
         for name in _imports(path):

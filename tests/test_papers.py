@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "quality" / "papers"))
 
@@ -22,6 +22,7 @@ import glue_deberta
 import gsm8k_mistral
 import paper_methods
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 PAPERS = Path(__file__).parents[1] / "benchmarks" / "quality" / "papers"
 
@@ -103,12 +104,13 @@ def test_a_glue_adapter_holds_the_weights_that_the_checkpoint_lacks(tmp_path, ca
     smoke(glue_deberta, capsys, tmp_path, "--method=lora")
     saved = load_file(tmp_path / "adapter" / paper_methods.FRESH_WEIGHTS)
     assert {"pooler.dense.weight", "pooler.dense.bias"} <= saved.keys()
-    kind = transformers.AutoModelForSequenceClassification
     places = tmp_path / "model", tmp_path / "adapter"
     for change in (0.0, 1.0):
         changed = {name: values + change for name, values in saved.items()}
         save_file(changed, tmp_path / "adapter" / paper_methods.FRESH_WEIGHTS)
-        model = paper_methods.reload(kind, *places, "lora", torch.device("cpu"))
+        model = paper_methods.reload(
+            AutoModelForSequenceClassification, *places, "lora", torch.device("cpu")
+        )
         found = model.get_base_model().state_dict()["pooler.dense.weight"]
         assert torch.equal(found, changed["pooler.dense.weight"])
 

@@ -37,8 +37,8 @@ PAPER: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "resolution": 1024,
 }
-#: What only one method has. SODA's are the authors'. Learning rates of SVDiff, LiDB and LoRA, and of
-#: R with 40 columns, are those of Zhang & Pilanci's Figure 5, on another model; A's is a choice.
+#: What only one method has. SODA's are the authors'. Learning rates of SVDiff, LiDB and LoRA, and
+#: of R with 40 columns, are those of Zhang & Pilanci's Figure 5, on another model; A's is a choice.
 BY_METHOD: dict[str, dict[str, Any]] = {
     "soda": {
         "decomposition": "svd",
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--prior-images", type=int, metavar="N", help="prior preservation (default: none)")
     add("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     add("--gradient-checkpointing", action="store_true")
-    add("--samples", type=int, default=4, metavar="N", help="drawings a prompt (default: 4)")
+    add("--samples", type=int, default=8, metavar="N", help="drawings a prompt (default: 8)")
     add("--sample-steps", type=int, default=50, metavar="N", help="(default: 50)")
     add("--prompts", type=Path, metavar="FILE", help="one a line, {} is the subject")
     add("--clip", metavar="FOLDER|ID", help="CLIP for the similarity to subject and text")

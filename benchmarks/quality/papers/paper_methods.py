@@ -129,11 +129,12 @@ def load_base(
 
 
 def save(model: nn.Module, folder: Path, fresh: dict[str, Tensor]) -> None:
-    """Write the adapter (or the whole model), and the weights that the base checkpoint lacks."""
+    """Write the adapter and the weights that the base checkpoint lacks, or the whole model."""
+    from peft import PeftModel
     from safetensors.torch import save_file
 
     model.save_pretrained(folder)
-    if fresh:
+    if fresh and isinstance(model, PeftModel):
         save_file({name: values.contiguous() for name, values in fresh.items()}, _fresh(folder))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import subprocess
 import sys
 import warnings
@@ -309,6 +310,21 @@ def test_peft_saves_and_loads(kind, tmp_path):
 
 
 @every_kind
+def test_peft_adapters_load_on_the_same_basis_in_another_format(kind, tmp_path):
+    model = adapted(two_layers(), kind)
+    turn(model)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "basis_dtype": "float32"}))
+    loaded = PeftModel.from_pretrained(two_layers(), tmp_path)
+    for quantised, dense in zip(layers(model), layers(loaded), strict=True):
+        exact = dense.get_delta_weight("default")
+        error = (quantised.get_delta_weight("default") - exact).norm() / exact.norm()
+        assert 0 < error <= 2 * ERROR[kind]
+
+
+@every_kind
 def test_peft_adapters_share_a_basis(kind):
     model = adapted(two_layers(), kind)
     model.add_adapter("same", SODAConfig(target_modules=["0", "2"], basis_dtype=kind))
@@ -483,6 +499,39 @@ def test_gradient_checkpointing(kind, use_reentrant):
     checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
     for parameter, gradient in zip(trained, expected, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+@every_kind
+def test_compiles_in_one_graph(kind):
+    layer = randomise(SODALinear.from_linear(linear(), basis_dtype=kind))
+    x = torch.randn(7, 48)
+    trained = [layer.delta, *layer.rotation]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(x).sum(), trained)
+    for actual, expected in zip(found, torch.autograd.grad(layer(x).sum(), trained), strict=True):
+        assert_near(actual, expected.double())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_kind
+def test_on_cuda(kind, dtype):
+    base = nn.Sequential(linear(160, 192)).to("cuda", dtype)
+    model = adapted(base, kind, target_modules=["0"])
+    x = torch.randn(40, 192, device="cuda", dtype=dtype)
+    assert torch.equal(model(x), base(x))
+    turn(model)
+    layer = layers(model)[0]
+    trained = [layer.soda_delta["default"], *layer.soda_rotation["default"]]
+    outer = torch.randn(40, 160, device="cuda")
+    change = layer(x).float() - layer.base_layer(x).float()
+    found = torch.autograd.grad((layer(x) * outer).sum(), trained)
+    delta = layer.get_delta_weight("default")
+    wanted = torch.autograd.grad(((x.float() @ delta.mT) * outer).sum(), trained)
+    for actual, expected in [(change, x.float() @ delta.mT), *zip(found, wanted, strict=True)]:
+        assert relative_error(actual, expected) <= 5 * TOLERANCE[dtype]
 
 
 def test_prepared_a_part_at_a_time(monkeypatch):

@@ -125,11 +125,13 @@ class _TorchaoMatrix(QuantizedMatrix):
     _context: dict[str, Any]
 
     def _quantize(self, matrix: Tensor) -> Mapping[str, Tensor]:
-        torchao = import_module("torchao.quantization")
+        from torchao import quantization
+
         layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(matrix, requires_grad=False)
         # The setting that is left out is one of all torch.compile in the process.
-        torchao.quantize_(layer, getattr(torchao, self._config)(set_inductor_config=False))
+        config = getattr(quantization, self._config)(set_inductor_config=False)
+        quantization.quantize_(layer, config)
         weight: Any = layer.weight
         self._subclass = type(weight)
         names, self._context = weight.__tensor_flatten__()
@@ -170,26 +172,30 @@ class NF4Matrix(QuantizedMatrix):
     fp32 scale per 64 numbers."""
 
     _BLOCK = 64
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
 
     def _quantize(self, matrix: Tensor) -> Mapping[str, Tensor]:
-        functional = import_module("bitsandbytes.functional")
-        packed, state = functional.quantize_4bit(
-            matrix.contiguous(), blocksize=self._BLOCK, quant_type="nf4"
-        )
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(matrix.contiguous(), blocksize=self._BLOCK, quant_type="nf4")
         return {"packed": packed, "absmax": state.absmax, "code": state.code}
 
     def _state(self, dtype: torch.dtype) -> Any:
-        return import_module("bitsandbytes.functional").QuantState(
-            self.absmax, self.shape, self.code, self._BLOCK, "nf4", dtype
-        )
+        from bitsandbytes.functional import QuantState
+
+        return QuantState(self.absmax, self.shape, self.code, self._BLOCK, "nf4", dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        y: Tensor = import_module("bitsandbytes").matmul_4bit(x, self.packed, self._state(x.dtype))
-        return y
+        import bitsandbytes
+
+        return bitsandbytes.matmul_4bit(x, self.packed, self._state(x.dtype))
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        functional = import_module("bitsandbytes.functional")
-        dense: Tensor = functional.dequantize_4bit(self.packed, self._state(dtype))
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense: Tensor = dequantize_4bit(self.packed, self._state(dtype))
         return dense
 
 
@@ -216,9 +222,10 @@ class QuantizedBasis(NamedTuple):
         """``basis``, an SVD in fp32, with its matrices quantised to a format."""
         assert basis.singular_values is not None
         make = _FORMATS[kind]
-        # Tensors made in inference mode could never be used for training later.
+        # Tensors made in inference mode could never be used for training later. The values are
+        # copied, since they may lie in the memory of all of the basis.
         with torch.inference_mode(False):
-            return cls(make(basis.left), basis.singular_values, make(basis.right))
+            return cls(make(basis.left), basis.singular_values.clone(), make(basis.right))
 
     def dequantized(self) -> SpectralBasis:
         """The factorisation that this stands for, dense."""
@@ -228,9 +235,10 @@ class QuantizedBasis(NamedTuple):
 
     def to(self, device: torch.device) -> QuantizedBasis:
         """The same on a device; the matrices themselves move."""
-        return QuantizedBasis(
-            self.left.to(device), self.singular_values.to(device), self.right.to(device)
-        )
+        with torch.inference_mode(False):
+            return QuantizedBasis(
+                self.left.to(device), self.singular_values.to(device), self.right.to(device)
+            )
 
     @property
     def nbytes(self) -> int:

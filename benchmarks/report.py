@@ -28,7 +28,8 @@ from spectral_kernels import backend_report
 
 HERE = Path(__file__).parent
 PACKAGES = (
-    "torch", "spectral-kernels", "peft", "diffusers", "transformers", "triton", "numpy",
+    "torch", "spectral-kernels", "peft", "diffusers", "transformers", "triton", "numpy", "torchao",
+    "bitsandbytes",
 )  # fmt: skip
 PERCENTILES = ("min", "20", "50", "80")
 

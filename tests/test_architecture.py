@@ -18,7 +18,7 @@ LAYERS = [
     {"factors", "activations", "planner", "autograd"},
     {"functional"},
     {"decomposition", "rotation_bank", "columns"},
-    {"absorption", "spectra"},
+    {"absorption", "quantization", "spectra"},
     {"modules", "optim", "fusion"},
     {"peft"},
     {"checkpoint"},

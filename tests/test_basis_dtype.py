@@ -114,7 +114,7 @@ def test_wide_bases_stay_as_they_are():
 
 @pytest.mark.parametrize("make", [SODAConfig, SVDiffConfig])
 def test_unknown_choice(make):
-    with pytest.raises(ValueError, match="basis_dtype must be one of 'float32', 'base'; got 'x'"):
+    with pytest.raises(ValueError, match=r"must be one of 'float32', 'base'.*; got 'x'"):
         make(basis_dtype="x")
     with pytest.raises(ValueError, match="basis_dtype must be one of"):
         SODALinear(6, 4, basis_dtype="float16")

@@ -164,6 +164,35 @@ def test_the_second_start_finds_every_weight(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.split()) == 2
 
 
+def test_quantised_bases_are_compared(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    pytest.importorskip("bitsandbytes")
+    import quantized
+
+    monkeypatch.setattr(quantized, "LAYERS", {"toy": (lambda: quantized.synthetic(32), True)})
+    monkeypatch.setattr(quantized, "STEPS", 2)
+    monkeypatch.setattr(quantized, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(quantized, "HERE", tmp_path)
+    layer = quantized.measure("toy", 1)
+    rows = {(row["method"], row["base"], row["basis"]): row for row in layer["rows"]}
+    assert len(rows) == len(quantized.ROWS)
+    weight = 4 * 32 * 32
+    assert rows["SODA", "fp32", "fp32"]["bytes"]["basis"] == 2 * weight + 4 * 32
+    assert rows["SODA", "int8", "int8"]["bytes"]["base"] < 0.3 * weight
+    assert rows["SODA", "fp32", "int8"]["start rms"] == 0
+    assert 0 < rows["SODA", "fp32", "int8"]["change"] < rows["SODA", "nf4", "nf4"]["change"] < 0.3
+    assert rows["LoRA", "nf4", ""]["change"] < 1e-6
+
+    (tmp_path / "results").mkdir()
+    document = {"date": "now", "layers": {"toy": layer}}
+    (tmp_path / "results" / "quantized-x.json").write_text(json.dumps(document))
+    quantized.PAGE.write_text(f"before\n{quantized.START}\nold\n{quantized.END}\nafter\n")
+    quantized.write_docs()
+    text = quantized.PAGE.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("\n| SODA") == sum(row.method.startswith("SODA") for row in quantized.ROWS)
+
+
 def test_gpu_script_runs_on_the_cpu(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu_bench.py"), "--device", "cpu", "--smoke"]
     done = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True)

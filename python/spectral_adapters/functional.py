@@ -817,7 +817,7 @@ def adapted_linear(
     tail: tuple[Any, ...] = () if shared is None else (shared.token, shared)
     tail = (float(scaling), *tail)
     is_autocast = autocast_is_on(x.device.type)
-    result = _result_dtype(x, is_autocast)
+    result = result_dtype(x, is_autocast)
     work = _work_dtype(x, result, factors[0])
     own = work if weight is None else _work_dtype(x, result, weight)
     change: Tensor
@@ -952,7 +952,7 @@ def product_dtypes(x: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]
     autocast, else that of x. On accelerators the GEMMs run in it; on the CPU, where low precision
     is only a storage format, they run in the wider of it and the weight's.
     """
-    result = _result_dtype(x, autocast_is_on(x.device.type))
+    result = result_dtype(x, autocast_is_on(x.device.type))
     return result, _work_dtype(x, result, weight)
 
 
@@ -970,14 +970,15 @@ def basis_dtypes(
     A half-precision basis is a way to keep it, not a wish for half-precision products: what the CPU
     does in at least fp32 it does so with any basis.
     """
-    result = _result_dtype(x, is_autocast)
+    result = result_dtype(x, is_autocast)
     if x.device.type != "cpu" or result == basis.left.dtype == torch.float32:
         return result, result
     work = torch.promote_types(result, basis.left.dtype)
     return result, torch.promote_types(work, torch.float32)
 
 
-def _result_dtype(x: Tensor, is_autocast: bool) -> torch.dtype:
+def result_dtype(x: Tensor, is_autocast: bool) -> torch.dtype:
+    """What a linear layer would return here for activations x."""
     if is_autocast and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

@@ -20,7 +20,8 @@ class SpectralModule(nn.Module):
     pickled, are sharded by FSDP, and are not broadcast by DDP at every step as buffers would be.
 
     Attributes:
-        left, singular_values, right: the frozen :class:`SpectralBasis`.
+        left, singular_values, right: the frozen :class:`SpectralBasis`, whose matrices a layer may
+            keep quantised (:class:`spectral_adapters.quantization.QuantizedMatrix`).
         fingerprint: uint8 [161], of the base weight and the basis (buffer).
         save_factors: whether ``state_dict`` holds the frozen basis. With it a state dict is
             self-contained; without it, it holds only what was trained and the fingerprint, and
@@ -44,10 +45,13 @@ class SpectralModule(nn.Module):
 
     def _set_basis(self, decomposed: Decomposed) -> None:
         basis, fingerprint = decomposed
+        self._register_basis(basis)
+        self.register_buffer("fingerprint", fingerprint.to_tensor().to(basis.left.device))
+
+    def _register_basis(self, basis: SpectralBasis) -> None:
         for name, value in zip(SpectralBasis._fields, basis, strict=True):
             frozen = None if value is None else nn.Parameter(value, requires_grad=False)
             self.register_parameter(name, frozen)
-        self.register_buffer("fingerprint", fingerprint.to_tensor().to(basis.left.device))
 
     @property
     def basis(self) -> SpectralBasis:
@@ -71,9 +75,12 @@ class SpectralModule(nn.Module):
         return super()._apply(keep_precision, recurse=False)
 
     def _frozen(self) -> dict[str, Tensor]:
-        """The frozen tensors of ``_FROZEN`` that are here."""
-        here = dict(self.named_parameters())
-        return {name: here[name].detach() for name in self._FROZEN if name in here}
+        """The frozen tensors of ``_FROZEN`` that are here, parts of quantised ones included."""
+        return {
+            name: tensor.detach()
+            for name, tensor in self.named_parameters()
+            if any(name == frozen or name.startswith(f"{frozen}.") for frozen in self._FROZEN)
+        }
 
     def _load_from_state_dict(
         self,
@@ -87,7 +94,7 @@ class SpectralModule(nn.Module):
     ) -> None:
         """Accept a state dict without factors only on the base weight that it was trained on."""
         packed = state_dict.get(prefix + "fingerprint")
-        if packed is not None and not any(prefix + name in state_dict for name in self._FROZEN):
+        if packed is not None and not any(prefix + name in state_dict for name in self._frozen()):
             here = Fingerprint.from_tensor(self.fingerprint)
             reason = Fingerprint.from_tensor(packed).mismatch(here)
             if reason is not None:
@@ -137,5 +144,5 @@ def _leave_out_frozen(
     module: SpectralModule, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
     if not module.save_factors:
-        for name in module._FROZEN:
+        for name in module._frozen():
             state_dict.pop(prefix + name, None)

@@ -36,6 +36,12 @@ from spectral_adapters.functional import (
 )
 from spectral_adapters.modules._base import SpectralModule
 from spectral_adapters.planner import PLANS, PlanChoice, choose_plan, rates_for
+from spectral_adapters.quantization import (
+    QuantizedBasis,
+    check_basis_dtype,
+    quantized_product,
+    require_library,
+)
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 from spectral_adapters.spectra import Decomposed, factorise
 from spectral_kernels.ops.kron import accumulation_dtype
@@ -86,13 +92,30 @@ class SODAModule(SpectralModule, RotatedLayer):
         check_choice("spectrum_activation", spectrum_activation, SPECTRUM_ACTIVATIONS)
         check_choice("plan", plan, ("auto", *PLANS))
         check_recompute(recompute, decomposition, rotation)
-        check_choice("basis_dtype", basis_dtype, BASIS_DTYPES)
+        is_quantized = check_basis_dtype(
+            basis_dtype,
+            decomposition=decomposition,
+            rotation=rotation,
+            plan=plan,
+            recompute=recompute,
+        )
         weight = round_to_dtype(weight, base_dtype)
+        if is_quantized:
+            if weight.dim() > 2:
+                expected = " or ".join(repr(choice) for choice in BASIS_DTYPES)
+                raise ValueError(
+                    f"basis_dtype must be {expected} for a convolution; got {basis_dtype!r}"
+                )
+            require_library(basis_dtype, weight.dtype)
         matrix = weight.detach().reshape(weight.shape[0], -1)
-        factorisation = WholeFactorisation.of(decomposition, rotation, basis_dtype)
+        # A basis that is quantised is computed, and recognised again, as that in fp32.
+        factorisation = WholeFactorisation.of(
+            decomposition, rotation, "float32" if is_quantized else basis_dtype
+        )
         decomposed = factorise(matrix, factorisation)
         basis = decomposed.basis
         rank = basis.right.shape[0]
+        self._quantization = basis_dtype if is_quantized else None
 
         self.decomposition = decomposition
         self.rotation_side = rotation
@@ -163,6 +186,30 @@ class SODAModule(SpectralModule, RotatedLayer):
         """The dense adapted weight ``W'`` in the base weight's shape, differentiable."""
         return soda_weight(*self._terms()[:3], **self._method()).reshape(self._weight_shape())
 
+    def _register_basis(self, basis: SpectralBasis) -> None:
+        if self._quantization is None:
+            super()._register_basis(basis)
+            return
+        quantized = QuantizedBasis.of(basis, self._quantization)
+        self.register_module("left", quantized.left)
+        self.singular_values = nn.Parameter(quantized.singular_values, requires_grad=False)
+        self.register_module("right", quantized.right)
+
+    @property
+    def quantized_basis(self) -> QuantizedBasis | None:
+        """The frozen factorisation as it is kept, if it is quantised; ``basis`` is then dense, what
+        this one stands for, and made anew whenever it is asked for."""
+        if self._quantization is None:
+            return None
+        left, values, right = cast(Any, (self.left, self.singular_values, self.right))
+        return QuantizedBasis(left, values, right)
+
+    @property
+    def basis(self) -> SpectralBasis:
+        """The frozen factorisation of the base weight."""
+        quantized = self.quantized_basis
+        return super().basis if quantized is None else quantized.dequantized()
+
     @torch.no_grad()
     def absorb(self) -> Self:
         """Make the adapted weight the base weight, and start again at the identity.
@@ -171,7 +218,8 @@ class SODAModule(SpectralModule, RotatedLayer):
         (:func:`spectral_adapters.absorption.absorbed_basis`); the layer computes what it did. An
         optimizer's state belongs to the old parameters and should be made anew. Without its factors
         a state dict of what is trained from here loads onto a layer that has absorbed the same. The
-        basis is in fp32 or better from here on.
+        basis is in fp32 or better from here on; a quantised one is quantised again, and the layer
+        computes what it did up to that.
 
         Returns:
             The layer itself.
@@ -193,7 +241,7 @@ class SODAModule(SpectralModule, RotatedLayer):
             self.left.shape[0],
             self.right.shape[1],
             self.factor_sizes or None,
-            plan=self.plan,
+            plan=self.plan if self._quantization is None else "tokens",
             rates=rates_for(self.left.device, accumulation_dtype(self.left.dtype)),
             **self._method(),
         )
@@ -207,6 +255,7 @@ class SODAModule(SpectralModule, RotatedLayer):
             f"rotation={self.rotation_side} ({self.parametrization}, factors {sizes}), "
             f"spectrum={self.spectrum_activation}, plan={self.plan}, "
             f"rotations={self._rotations_from()}, trained={trained:,}"
+            + ("" if self._quantization is None else f", basis={self._quantization}")
         )
 
     def _weight_shape(self) -> tuple[int, ...]:
@@ -265,7 +314,9 @@ class SODALinear(SODAModule):
             trained on a half-precision base onto a wider copy of it.
         basis_dtype: "float32" (or better), or "base" to keep the frozen basis in the base weight's
             dtype, which on a half-precision base is half the memory. The basis is all that is left
-            of the base weight here, which then comes back up to rounding only.
+            of the base weight here, which then comes back up to rounding only. "int8", "float8" and
+            "nf4" keep it quantised and compute by the plan "tokens" (docs/quantization.md); svd
+            left or without rotation, and linear layers only.
         recompute: svd left only: keep x for the backward instead of ``x V`` and of anything of the
             weight's size; one more product, less memory where layers share their input.
 
@@ -274,6 +325,7 @@ class SODALinear(SODAModule):
     Raises:
         TypeError, ValueError: not a linear layer, a weight that is empty, on the meta device, not
             floating-point or not finite, factors that do not multiply up, or an unknown option.
+        ImportError: the package of a quantised basis is missing.
     """
 
     def __init__(
@@ -333,6 +385,11 @@ class SODALinear(SODAModule):
         """[..., in_features] -> [..., out_features]."""
         check_tensor("x", x)
         check_last_dimension("x", x, self.in_features, "the layer's in_features")
+        quantized = self.quantized_basis
+        if quantized is not None:
+            factors = self._factors()[0]
+            y = quantized_product(x, quantized, self.spectrum(), factors, change=False)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         return adapted_product(
             x,
             self._product_terms(),

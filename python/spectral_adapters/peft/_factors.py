@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spectral_adapters import spectra
 from spectral_adapters.decomposition import Factorisation, Fingerprint, round_to_dtype
 from spectral_adapters.functional import SpectralBasis
+from spectral_adapters.quantization import QuantizedBasis
 
 
 def is_at_least(dtype: torch.dtype, other: torch.dtype) -> bool:
@@ -70,6 +71,7 @@ class FrozenFactors(nn.Module):
         factorisation: what is computed from it.
         base_dtype: precision that the base weight is rounded to before it is decomposed.
         in_checkpoint: whether ``state_dict`` holds the factors.
+        quantization: what the factors are kept in if they are quantised, or None.
         basis: the factorisation, or None before it was computed or loaded.
         fingerprint: of the weight that was decomposed here; None for factors from a checkpoint.
         is_exact: the basis is that of the base weight itself, not of a rounded or other one.
@@ -83,6 +85,7 @@ class FrozenFactors(nn.Module):
         base_dtype: torch.dtype,
         *,
         in_checkpoint: bool,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
@@ -90,16 +93,17 @@ class FrozenFactors(nn.Module):
         self.factorisation = factorisation
         self.base_dtype = base_dtype
         self.in_checkpoint = in_checkpoint
-        self.basis: SpectralBasis | None = None
+        self.quantization = quantization
+        self.basis: SpectralBasis | QuantizedBasis | None = None
         self._precision = base_dtype
         self.fingerprint: Fingerprint | None = None
         self.is_exact = False
         self.is_stale = False
 
     @property
-    def kind(self) -> tuple[Factorisation, torch.dtype]:
+    def kind(self) -> tuple[Factorisation, torch.dtype, str | None]:
         """What two adapters must have in common to share factors."""
-        return self.factorisation, self.base_dtype
+        return self.factorisation, self.base_dtype, self.quantization
 
     @property
     def are_loaded(self) -> bool:
@@ -109,7 +113,11 @@ class FrozenFactors(nn.Module):
     def replaces(self, weight: Tensor) -> bool:
         """Whether the basis multiplies up to the base weight, up to the rounding of its dtype."""
         wanted = weight.dtype
-        return self.is_exact and (self._precision == wanted or is_at_least(self._precision, wanted))
+        return (
+            self.is_exact
+            and self.quantization is None
+            and (self._precision == wanted or is_at_least(self._precision, wanted))
+        )
 
     @property
     def are_due(self) -> bool:
@@ -128,16 +136,21 @@ class FrozenFactors(nn.Module):
 
     def adopt(self, decomposed: spectra.Decomposed) -> Fingerprint:
         """Take what :meth:`request` asked for; its fingerprint."""
-        self.basis, self.fingerprint = decomposed
-        self._precision = self.basis.left.dtype
+        self._keep(decomposed.basis)
+        self.fingerprint = decomposed.fingerprint
         self.is_stale = False
         return self.fingerprint
+
+    def _keep(self, basis: SpectralBasis) -> None:
+        self._precision = basis.left.dtype
+        kind = self.quantization
+        self.basis = basis if kind is None else QuantizedBasis.of(basis, kind)
 
     def absorb(self, basis: SpectralBasis, fingerprint: Fingerprint) -> None:
         """Be the factorisation of the weight that the base weight was just made, unless that is
         replaced again."""
-        self.basis, self.fingerprint = basis, fingerprint
-        self._precision = basis.left.dtype
+        self._keep(basis)
+        self.fingerprint = fingerprint
         self.is_exact, self.is_stale = True, False
 
     @torch.no_grad()
@@ -155,10 +168,19 @@ class FrozenFactors(nn.Module):
         self.is_stale = False
 
     def on(self, device: torch.device) -> SpectralBasis:
-        """The factorisation on ``device``; it stays there."""
-        assert self.basis is not None
+        """The factorisation on ``device``; it stays there. Made dense if it is quantised."""
+        if self.quantization is not None:
+            return self.quantized_on(device).dequantized()
+        assert isinstance(self.basis, SpectralBasis)
         if self.basis.left.device != device:
             self.basis = _map(lambda factor: factor.to(device), self.basis)
+        return self.basis
+
+    def quantized_on(self, device: torch.device) -> QuantizedBasis:
+        """The quantised factorisation on ``device``; it stays there."""
+        assert isinstance(self.basis, QuantizedBasis)
+        if self.basis.left.device != device:
+            self.basis = self.basis.to(device)
         return self.basis
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFactors:
@@ -167,7 +189,11 @@ class FrozenFactors(nn.Module):
         ``fn`` is tried on an empty tensor: the values survive whatever it does, such as
         ``to_empty``.
         """
-        if self.basis is not None:
+        if isinstance(self.basis, QuantizedBasis):
+            device = fn(torch.empty(0, device=self.basis.left.device)).device
+            if device.type != "meta":
+                self.quantized_on(device)
+        elif self.basis is not None:
             left = self.basis.left
             probe = keep_precision(fn)(left.new_empty(0))
             if not probe.is_meta and (probe.device, probe.dtype) != (left.device, left.dtype):
@@ -180,9 +206,9 @@ class FrozenFactors(nn.Module):
                 self.basis = _map(follow, self.basis)
         return self
 
-    def _state(self) -> dict[str, Tensor]:
+    def _state(self) -> dict[str, Any]:
         """The factors by name, or empty ones of the right shape as long as there are none."""
-        basis = self.basis
+        basis: SpectralBasis | QuantizedBasis | None = self.basis
         if basis is None:
             shapes = self.factorisation.shapes(*self.shape)
             empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

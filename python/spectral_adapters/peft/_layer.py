@@ -9,6 +9,7 @@ Linear(SpectralLinear, MethodLayer)``; PEFT wants "Linear" in the name of linear
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
@@ -41,6 +42,9 @@ from spectral_adapters.peft._factors import (
 )
 
 _FINGERPRINT_SIZE = 161
+
+#: Bytes of factors that are dense at a time before they are quantised.
+_DENSE_FACTORS = 2**30
 
 
 class LinearChange(NamedTuple):
@@ -86,6 +90,11 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     #: Whether the method knows the factorisation of the weight that it makes.
     _can_absorb: ClassVar[bool] = False
+
+    @classmethod
+    def takes_quantized_base(cls, config: Any) -> bool:
+        """Whether an adapter with this config may sit on a quantised base layer."""
+        return cls.is_low_rank
 
     #: The configs by adapter name, of the method's own type.
     configs: dict[str, Any]
@@ -134,6 +143,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
     def _factorisation(self, config: Any) -> Factorisation:
         """The frozen factors that an adapter needs."""
         raise NotImplementedError
+
+    def _quantization(self, config: Any) -> str | None:
+        """What the frozen factors are quantised to, or None."""
+        return None
 
     def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
         """Whether an adapter with these parameters is the identity on every base weight."""
@@ -276,6 +289,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             factorisation,
             base_dtype if factorisation.of_weight else torch.float32,
             in_checkpoint=config.save_factors,
+            quantization=self._quantization(config),
         )
         if not config.save_factors:
             for other in self._factors.values():
@@ -739,7 +753,8 @@ def _set_quantized_state(base: Any, state: tuple[Any, Any]) -> None:
 def prepare(layers: Sequence[SpectralLayer], adapter: str) -> None:
     """Compute the factors of a new adapter on many layers in one go.
 
-    Left for their first use are those whose base weight is not there yet.
+    Left for their first use are those whose base weight is not there yet. Factors that are
+    quantised are made a part at a time, so that those of a whole model are never dense at once.
 
     Raises:
         ValueError: a base weight is not finite.
@@ -753,15 +768,32 @@ def prepare(layers: Sequence[SpectralLayer], adapter: str) -> None:
 
     ready = [layer for layer in layers if can_be_prepared(layer)]
     due = [layer for layer in ready if layer._factors[adapter].are_due]
-    found = spectra.factorise_all(
-        [layer._factors[adapter].request(layer._base_matrix) for layer in due],
-        over_processes=True,
-        progress=_progress_bar,
-    )
-    for layer, decomposed in zip(due, found, strict=True):
-        layer._factors[adapter].adopt(decomposed)
+    for part in _parts(due, adapter):
+        found = spectra.factorise_all(
+            [layer._factors[adapter].request(layer._base_matrix) for layer in part],
+            over_processes=True,
+            progress=_progress_bar,
+        )
+        for layer, decomposed in zip(part, found, strict=True):
+            layer._factors[adapter].adopt(decomposed)
     for layer in ready:
         layer._prepare(adapter)
+
+
+def _parts(layers: Sequence[SpectralLayer], adapter: str) -> list[list[SpectralLayer]]:
+    """Layers whose dense factors may be in memory at once; all of them unless quantised."""
+    parts: list[list[SpectralLayer]] = [[]]
+    size = 0
+    for layer in layers:
+        frozen = layer._factors[adapter]
+        shapes = frozen.factorisation.shapes(*frozen.shape).values()
+        nbytes = 4 * sum(math.prod(shape) for shape in shapes)
+        if parts[-1] and frozen.quantization is not None and size + nbytes > _DENSE_FACTORS:
+            parts.append([])
+            size = 0
+        parts[-1].append(layer)
+        size += nbytes
+    return parts
 
 
 def _progress_bar(total: int) -> Any:

@@ -98,6 +98,9 @@ class SpectralModel(BaseTuner):
     ) -> None:
         if isinstance(target, SpectralLayer):
             if isinstance(target, self.tuner_layer_cls):
+                if target.quantization_backend is not None:
+                    subject = f"{peft_config.method} cannot adapt {current_key!r}"
+                    self._quantized_class(peft_config, subject, target.quantization_backend)
                 target.update_layer(adapter_name, peft_config)
                 return
             methods = sorted({config.method for config in target.configs.values()})
@@ -135,7 +138,7 @@ class SpectralModel(BaseTuner):
         }
         subject = f"{config.method} cannot adapt {name!r}, a {type(base).__name__}"
         if quantization is not None:
-            return self._quantized_class(subject, quantization)
+            return self._quantized_class(config, subject, quantization)
         found = [cls for kind, cls in kinds.values() if cls is not None and isinstance(base, kind)]
         if not found:
             supported = ", ".join(kind for kind, (_, cls) in kinds.items() if cls is not None)
@@ -178,14 +181,14 @@ class SpectralModel(BaseTuner):
         return found[0]
 
     def _quantized_class(
-        self, subject: str, quantization: QuantizationBackend
+        self, config: SpectralConfig, subject: str, quantization: QuantizationBackend
     ) -> type[SpectralLayer]:
         layer_cls = self.linear_cls
-        if layer_cls is None or not layer_cls.is_low_rank:
+        if layer_cls is None or not layer_cls.takes_quantized_base(config):
             raise ValueError(
                 f"{subject} quantised by {quantization.backend_name}: the method needs the dense "
-                "weight at every step; use a low-rank one (Spectral Adapter A or R, LiDB), or a "
-                "base that is not quantised"
+                "weight at every step; use a low-rank one (Spectral Adapter A or R, LiDB), SODA "
+                "with a quantised basis_dtype, or a base that is not quantised"
             )
         if not isinstance(quantization, (Bnb8bitBackend, Bnb4bitBackend, TorchaoBackend)):
             raise ValueError(

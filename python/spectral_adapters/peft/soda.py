@@ -37,6 +37,12 @@ from spectral_adapters.peft._layer import (
 from spectral_adapters.peft._model import SpectralModel, pattern_value
 from spectral_adapters.peft._registration import register
 from spectral_adapters.planner import PLANS, rates_for
+from spectral_adapters.quantization import (
+    QUANTIZED_DTYPES,
+    check_basis_dtype,
+    quantized_product,
+    require_library,
+)
 from spectral_adapters.rotation_bank import RotatedLayer, RotationSlot
 from spectral_kernels.ops.kron import accumulation_dtype
 
@@ -78,6 +84,10 @@ class SODAConfig(SpectralConfig):
         basis_dtype: "base" keeps U and V (or Q and T) in the base weight's dtype, "float32" in at
             least fp32. On a half-precision base "base" is half the memory; what is trained, the
             singular values and every difference from the base weight are in fp32 either way.
+            "int8", "float8" (torchao) and "nf4" (bitsandbytes) keep them quantised and add
+            ``(U R diag(s) - U diag(S)) V^T x`` to what the base layer gives, which may then be
+            quantised itself (docs/quantization.md). For linear layers, svd left or without
+            rotation, ``plan`` "auto" or "tokens", and not with ``save_factors``.
 
     Further arguments: :class:`SpectralConfig`.
     """
@@ -102,7 +112,18 @@ class SODAConfig(SpectralConfig):
         check_choice("spectrum_activation", self.spectrum_activation, SPECTRUM_ACTIVATIONS)
         check_choice("plan", self.plan, ("auto", *PLANS))
         check_recompute(self.recompute, self.decomposition, self.rotation)
-        check_choice("basis_dtype", self.basis_dtype, BASIS_DTYPES)
+        is_quantized = check_basis_dtype(
+            self.basis_dtype,
+            decomposition=self.decomposition,
+            rotation=self.rotation,
+            plan=self.plan,
+            recompute=self.recompute,
+        )
+        if is_quantized and self.save_factors:
+            raise ValueError(
+                f"save_factors must be False with basis_dtype={self.basis_dtype!r}, whose factors "
+                "are quantised anew from the base weight; got True"
+            )
         if isinstance(self.factors, Mapping):
             # Keys come back from JSON as strings.
             self.factors = {
@@ -199,7 +220,20 @@ class SODALayer(SpectralLayer, RotatedLayer):
                 f"{self.name}: {error}; use factors_pattern, or a dict from dimensions to sizes"
             ) from None
 
+    @classmethod
+    def takes_quantized_base(cls, config: SODAConfig) -> bool:
+        """Only with a quantised basis, whose change is added to what the base layer gives."""
+        return config.basis_dtype in QUANTIZED_DTYPES
+
     def _add_parameters(self, adapter: str, config: SODAConfig) -> None:
+        if self._quantization(config) is not None:
+            if not isinstance(self, SpectralLinear):
+                expected = " or ".join(repr(choice) for choice in BASIS_DTYPES)
+                raise ValueError(
+                    f"{self.name}: basis_dtype must be {expected} for a "
+                    f"{type(self.get_base_layer()).__name__}; got {config.basis_dtype!r}"
+                )
+            require_library(config.basis_dtype, self._base_weight.dtype)
         self.factor_sizes[adapter] = self._resolve_factors(config)
         rates_for(self._new_device(), self._new_options()["dtype"])  # before anything is traced
         sizes = [n for n in self.factor_sizes[adapter] if n > 1]
@@ -216,7 +250,12 @@ class SODALayer(SpectralLayer, RotatedLayer):
         self.soda_rotation[adapter] = nn.ParameterList(nn.Parameter(values) for values in packed)
 
     def _factorisation(self, config: SODAConfig) -> WholeFactorisation:
-        return WholeFactorisation.of(config.decomposition, config.rotation, config.basis_dtype)
+        # A basis that is quantised is computed, and recognised again, as that in fp32.
+        basis_dtype = "float32" if self._quantization(config) else config.basis_dtype
+        return WholeFactorisation.of(config.decomposition, config.rotation, basis_dtype)
+
+    def _quantization(self, config: SODAConfig) -> str | None:
+        return config.basis_dtype if config.basis_dtype in QUANTIZED_DTYPES else None
 
     def _changes_nothing(self, trained: Sequence[Tensor]) -> bool:
         starts = [
@@ -325,7 +364,30 @@ class SODALayer(SpectralLayer, RotatedLayer):
 
 
 class Linear(SpectralLinear, SODALayer):
-    """SODA on ``nn.Linear`` and ``Conv1D``."""
+    """SODA on ``nn.Linear`` and ``Conv1D``, with a quantised basis also on quantised layers."""
+
+    def _adapted_forward(
+        self, x: Tensor, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        active = [name for name in adapters if name in self.configs]
+        if not active or any(self._quantization(self.configs[name]) is None for name in active):
+            return super()._adapted_forward(x, adapters, args, kwargs)
+        y = self._base_product(x, args, kwargs)
+        for name in active:
+            change = self._quantized_change(x, name)
+            if self.scaling[name] != 1:
+                change = self.scaling[name] * change
+            y = y + change.to(y.dtype)
+        return y
+
+    def _quantized_change(self, x: Tensor, adapter: str) -> Tensor:
+        """What an adapter adds to the output, by its quantised basis, at scale 1."""
+        basis = self._frozen(adapter).quantized_on(x.device)
+        values = basis.singular_values
+        delta = self.soda_delta[adapter].to(x.device, accumulation_dtype(values.dtype))
+        term = spectrum_activation(self.configs[adapter].spectrum_activation, values, delta)
+        factors, _ = self._rotation_factors(adapter, x.device)
+        return quantized_product(x, basis, term, factors, change=True)
 
     def _replace_base(self, x: Tensor, adapter: str) -> Tensor | None:
         base: Any = self.base_layer

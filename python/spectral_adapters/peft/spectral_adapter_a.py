@@ -75,8 +75,7 @@ class SpectralAdapterALayer(ColumnLayer):
         frozen.left = torch.cat([basis.left for basis in bases], 1)[:, chosen]
         frozen.singular_values = values[chosen]
         frozen.right = torch.cat([basis.right for basis in bases])[chosen]
-        assert frozen.basis is not None
-        fingerprint = Fingerprint.of(self._base_matrix(), frozen.basis)
+        fingerprint = Fingerprint.of(self._base_matrix(), frozen.on(device))
         self._fingerprints[adapter] = fingerprint.to_tensor().to(device)
         for name in self.adapter_layer_names:
             shifts = getattr(self, name)

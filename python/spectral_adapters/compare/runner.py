@@ -89,6 +89,8 @@ def compare(
         Whether everything asked for is on record now.
     """
     output.mkdir(parents=True, exist_ok=True)
+    # Read by the workers when they import tqdm and huggingface_hub.
+    os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     ends = math.inf if minutes is None else time.time() + 60 * minutes
     cells = [cell for cell in cells_of(plan) if only(cell)]
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -118,8 +120,6 @@ def compare(
 
 
 def _start_worker(threads: int) -> None:
-    os.environ["TQDM_DISABLE"] = "1"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     torch.set_num_threads(threads)
     import diffusers.utils.logging
     import transformers.utils.logging

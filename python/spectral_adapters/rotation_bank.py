@@ -8,9 +8,9 @@ inference build a rotated basis or merged weight once. The rotations are one nod
 graph, so one call computes all their gradients in a backward pass.
 
 A layer goes its own way, with the same numbers, wherever the bank cannot know its rotations: called
-outside the root's forward, with other parameters than the bank saw (``functional_call``'s, those that
-FSDP gathers for a part of the model; see ``sharding``), or in compiled parts of a model that is not
-compiled as a whole.
+outside the root's forward, with other parameters than the bank saw (``functional_call``'s, those
+that FSDP gathers for a part of the model; see ``sharding``), or in compiled parts of a model that
+is not compiled as a whole.
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ class RotationBank:
             raise TypeError(f"keep must be True or False; got {value!r}")
         if value and not self._bases_stay:
             raise ValueError(
-                "keep must be False for a model whose frozen bases are sharded: they are there only "
-                "while their layer runs"
+                "keep must be False for a model whose frozen bases are sharded: they are there "
+                "only while their layer runs"
             )
         self._keep = value
 

@@ -12,12 +12,42 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, nn
 
 from spectral_adapters.rotation_bank import RotatedLayer, RotationBank
 
 __all__ = ["hold_factors", "shard_adapted"]
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether a tensor is spread over processes, as FSDP2 does: a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor with all its numbers; of a sharded one, all processes must ask together."""
+    whole: Any = tensor.detach()
+    return whole.full_tensor() if is_sharded(whole) else whole
+
+
+def spread_like(tensor: Tensor, target: Tensor) -> Tensor:
+    """A tensor that all processes have, sharded as ``target`` is, if that is; nothing is sent."""
+    if not is_sharded(target) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    like: Any = target
+    value = tensor.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 put its shards back in place of what a forward pass has gathered."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def hold_factors(model: nn.Module) -> int:
@@ -62,9 +92,11 @@ def shard_adapted(
         TypeError: ``model`` is no module.
         ValueError: a part is sharded already, or a factorisation is not computed yet.
     """
+    from torch.distributed.fsdp import fully_shard
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
+    sharded = [name for name, p in model.named_parameters() if is_sharded(p)]
     if sharded:
         raise ValueError(f"model must not be sharded yet; {sharded[0]} is")
     units = list(units)

@@ -4,11 +4,11 @@ This file is also a script: two processes train every model in both layouts, go 
 of the other layouts, and leave the numbers for the test to compare with one process.
 """
 
+import importlib.util
 import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +28,7 @@ from two_processes import SAME, Traffic, run_together
 
 from spectral_adapters import RotationBank, SODALinear
 from spectral_adapters.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from spectral_adapters.peft import SODAConfig
-from spectral_adapters.sharding import hold_factors, shard_adapted
+from spectral_adapters.sharding import hold_factors, is_sharded, shard_adapted
 
 PEFT_METHODS = ("SODA", "Spectral Adapter R", "Spectral Adapter A")
 MODELS = (*PEFT_METHODS, "SODALinear")
@@ -214,6 +213,17 @@ def test_a_checkpoint_of_any_layout_loads_in_any_other(name, runs):
     assert len(list(runs[name].folder.glob("* from *.safetensors"))) == 4
 
 
+@pytest.fixture(scope="module")
+def plan():
+    """``benchmarks/scaling_plan.py``, which is no part of the package."""
+    path = Path(__file__).parent.parent / "benchmarks" / "scaling_plan.py"
+    spec = importlib.util.spec_from_file_location("scaling_plan", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def notes(run, layout):
     return [json.loads((run.folder / f"{layout} {rank}.json").read_text()) for rank in range(2)]
 
@@ -225,6 +235,88 @@ def test_one_transform_per_process_and_step(name, layout, runs):
     for note in notes(runs[name], layout):
         for call in ("cayley_fwd", "cayley_bwd"):
             assert note["calls"].get(call, 0) == rotates, (call, note["calls"])
+
+
+def planned(name, model, plan):
+    """(units, root) of a model as ``benchmarks/scaling_plan.py`` describes it."""
+    root, units = [], {}
+    for key, parameter in model.named_parameters():
+        parts = key.split(".")
+        number = next((int(part) for part in parts if part.isdigit()), None)
+        unit = root if number is None else units.setdefault(number, [])
+        is_ours = parts[-1] in ("left", "singular_values", "right") and name == "SODALinear"
+        if not (parameter.requires_grad or is_ours):
+            unit.append(plan.Stored(tuple(parameter.shape), parameter.element_size(), "base"))
+    for key, layer in model.named_modules():
+        if hasattr(layer, "rotation_slots") or hasattr(layer, "_factors"):
+            number = next(int(part) for part in key.split(".") if part.isdigit())
+            options = {"basis": 4} if "SODA" in name else {"r": layer.r["default"]}
+            method = name.removesuffix("Linear")
+            shape = layer.out_features, layer.in_features
+            units[number] += plan.adapter(method, *shape, **options)
+    return list(units.values()), root
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_plan_counts_real_bytes(name, runs, plan):
+    run = runs[name]
+    units, root = planned(name, run.model, plan)
+    everything = [*root, *(tensor for unit in units for tensor in unit)]
+    for ranks, layout in ((1, "ddp"), (2, "fsdp2")):
+        note = notes(run, layout)[0]
+        expected = plan.stored(everything, ranks)
+        assert note["stored"]["trained"] == expected["trained"]
+        assert note["stored"]["frozen"] == expected["base"]
+        if layout == "fsdp2" or name == "SODALinear":
+            assert note["stored"]["factors"] == expected["factors"]
+    assert notes(run, "ddp")[0]["bytes"]["all_reduce"] == plan.all_reduce(everything)
+    sent = notes(run, "fsdp2")[0]["bytes"]
+    assert sent["all_gather"] == plan.all_gather(units, root, 2)
+    assert sent["reduce_scatter"] == plan.reduce_scatter(everything, 2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_process_stores_its_share_of_the_bases(name, runs):
+    first, second = notes(runs[name], "fsdp2")
+    factors = [note["stored"]["factors"] for note in (first, second)]
+    whole = sum(
+        size_of(t for t in frozen.basis)
+        for layer in runs[name].model.modules()
+        for frozen in getattr(layer, "_factors", {}).values()
+    ) or size_of(t for block in runs[name].model.blocks for t in block[0].basis)
+    assert sum(factors) == whole
+    assert max(factors) <= 0.6 * whole
+
+
+def test_the_page_shows_what_the_plan_computes(plan):
+    assert plan.render() in plan.PAGE.read_text(encoding="utf-8")
+
+
+def test_factors_are_held_once_and_stay_what_they_are():
+    model, _ = build("SODA")
+    batch = data()[0]
+    expected = model(**batch).logits
+    names = set(model.state_dict())
+    assert hold_factors(model) == 6
+    assert hold_factors(model) == 0
+    assert set(model.state_dict()) == names
+    assert torch.equal(model(**batch).logits, expected)
+    model.bfloat16()
+    held = {p.dtype for n, p in model.named_parameters() if "_held" in n}
+    assert held == {torch.float32}
+    with pytest.raises(ValueError, match="held in parameters cannot be replaced; load the base"):
+        model.refresh_factors()
+    assert not any(map(is_sharded, model.parameters()))
+
+
+def test_factors_that_are_not_there_cannot_be_sharded():
+    model, _ = build("SODA")
+    frozen = next(layer for layer in model.modules() if hasattr(layer, "_factors"))._factors
+    frozen["default"].is_stale = True
+    with pytest.raises(ValueError, match="must be computed before they are sharded"):
+        hold_factors(model)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module; got list"):
+        shard_adapted([], [])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from typing import ClassVar
 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -58,7 +59,7 @@ class Traffic(TorchDispatchMode):
     """
 
     #: c10d's operators, by their names in torch.distributed.
-    NAMES = {
+    NAMES: ClassVar[dict[str, str]] = {
         "c10d::allreduce_": "all_reduce",
         "c10d::_allgather_base_": "all_gather",
         "c10d::_reduce_scatter_base_": "reduce_scatter",

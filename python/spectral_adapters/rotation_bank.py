@@ -393,7 +393,7 @@ class RotationBank:
             self._must_scan = True
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpoint recomputes the whole root: with what it had
-        if self._must_scan:
+        if self._must_scan or not all(p.numel() for p in self._tracked):
             self._scan()
         self._refresh()
         if not is_nested:
@@ -518,8 +518,10 @@ def _rotated_layers(root: nn.Module | None) -> list[Any]:
 
 
 def _is_plain(parameter: Tensor) -> bool:
-    """Whether a parameter's numbers can be read here and now."""
-    return not (parameter.is_meta or parameter.is_inference() or hasattr(parameter, "full_tensor"))
+    """Whether a parameter's numbers can be read here and now; ZeRO-3 leaves empty ones."""
+    return parameter.numel() > 0 and not (
+        parameter.is_meta or parameter.is_inference() or hasattr(parameter, "full_tensor")
+    )
 
 
 def _shared(entries: list[_Entry]) -> list[SharedRotations]:

@@ -507,7 +507,8 @@ def _module_tensors(module: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     if hasattr(module, "peft_config"):
         from spectral_adapters.peft._folder import adapter_tensors, check_adapter_name
 
-        check_adapter_name(module, adapter_name, module.peft_config)
+        configs: Any = module.peft_config
+        check_adapter_name(module, adapter_name, configs)
         state = adapter_tensors(module, adapter_name)
     else:
         state = module.state_dict()

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-deepspeed = pytest.importorskip("deepspeed")
 
 from peft import TaskType
 from test_training import BATCH, RANDOM, adapted, batches, sgd, train
 from two_processes import SAME, run_together
+
+deepspeed = pytest.importorskip("deepspeed")
 
 METHODS = ("SODA", "Spectral Adapter R")
 STAGES = (1, 2, 3)

@@ -19,7 +19,7 @@ LAYERS = [
     {"functional"},
     {"decomposition", "rotation_bank", "columns"},
     {"absorption", "quantization", "spectra"},
-    {"modules", "optim", "fusion"},
+    {"modules", "optim", "fusion", "sharding"},
     {"peft"},
     {"checkpoint"},
     {"diffusers"},

@@ -6,10 +6,7 @@ that sees the whole batch.
 """
 
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from support import TOLERANCE, relative_error
 from torch import nn
+from two_processes import SAME, run_together
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -49,9 +47,6 @@ METHODS = {
     "Spectral Adapter R": (SpectralAdapterRConfig, {"r": 3}),
     "LiDB": (LiDBConfig, {"r": 2, "a": 5, "b": 4}),
 }
-#: Two processes against one: sums in another order, in fp32.
-SAME = 1e-6
-TIMEOUT = 120
 BATCH = 8
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -355,37 +350,6 @@ def worker(folder, jobs):
             (folder / job / method / f"done by {rank}").touch()
     dist.barrier()
     dist.destroy_process_group()
-
-
-def run_together(commands, folder):
-    """Run commands, each with a ``RANK``, until all are through; what they said."""
-    running = []
-    for rank, command in enumerate(commands):
-        with open(folder / f"{rank}.log", "w") as log:
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, *command],
-                    cwd=folder,
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-    deadline = time.monotonic() + TIMEOUT
-    codes = [process.poll() for process in running]
-    # The others may wait for one that failed.
-    while None in codes and set(codes) <= {None, 0} and time.monotonic() < deadline:
-        time.sleep(0.1)
-        codes = [process.poll() for process in running]
-    for process in running:
-        if process.poll() is None:
-            # The whole group: a launcher has children.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(len(commands)))
-    assert set(codes) == {0}, f"exit codes {codes} (None: killed, {TIMEOUT} s at most)\n{said}"
-    return said
 
 
 def assert_done_by_both(folder, said):

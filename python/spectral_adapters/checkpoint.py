@@ -12,6 +12,9 @@ A checkpoint is one folder, ``step-00000100``, in a folder of checkpoints:
 The folder is written under a hidden name and renamed when it is whole and on the disk; older ones
 are removed after that. So a process that is killed at any moment leaves the previous checkpoint,
 and a checkpoint without a matching manifest is none. Nothing is pickled, and no pickle is read.
+
+What FSDP2 has sharded is saved whole. So a checkpoint knows nothing of how many processes there
+were and what each of them held, and loads into any other layout.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ from spectral_adapters._files import (
     tensor_bytes,
 )
 from spectral_adapters.rotation_bank import RotationBank
+from spectral_adapters.sharding import gathered, is_sharded, reshard, spread_like
 
 __all__ = [
     "Checkpoint",
@@ -100,14 +104,14 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, then remove all but the newest ``keep`` up to this step.
 
-    With torch.distributed (DDP, accelerate) all processes call it together; the first one writes,
-    and what goes wrong there is raised in all of them.
+    With torch.distributed (DDP, FSDP2, accelerate) all processes call it together; the first one
+    writes, and what goes wrong there is raised in all of them.
 
     Args:
         folder: of the checkpoints; made if it is not there.
         model: a ``PeftModel``, a model with an injected adapter, any other module (saved whole), or
             a dict of such by the name of their component, such as ``{"unet": unet}``. May be
-            wrapped by DDP, ``accelerator.prepare`` or ``torch.compile``.
+            wrapped by DDP, ``accelerator.prepare`` or ``torch.compile``, or sharded by FSDP2.
         optimizer: any ``torch.optim.Optimizer`` of the model's parameters, bare or prepared.
         scheduler: a learning rate scheduler, bare or prepared.
         step: steps taken, at least 0; the folder's name.
@@ -123,8 +127,8 @@ def save_checkpoint(
 
     Raises:
         TypeError, ValueError: an argument that cannot be saved so that training goes on from it:
-            sharded parameters, an optimizer of parameters that are not the model's, a state made of
-            other things than tensors, numbers and strings.
+            an optimizer of parameters that are not the model's, a state made of other things than
+            tensors, numbers and strings.
         OSError: it could not be written, for want of space say. What was written of it is removed,
             and the checkpoints that were there are whole.
     """
@@ -158,7 +162,14 @@ def save_checkpoint(
             if parameter.grad is not None
         },
     }
-    randoms = _gathered(tensor_bytes(_random_states()))
+    contents = {name: _module_tensors(module, adapter_name) for name, module in components.items()}
+    state["outside"] = {
+        full: _pack(parameter, f"outside.{full}", tensors)
+        for name, module in components.items()
+        for key, parameter in _trained_outside(module, adapter_name).items()
+        for full in (f"{name}.{key}" if name else key,)
+    }
+    randoms = _from_all(tensor_bytes(_random_states()))
     state["processes"] = len(randoms)
     place = Path(folder) / f"step-{step:08d}"
     failure: OSError | None = None
@@ -168,7 +179,7 @@ def save_checkpoint(
             part = _hidden(place, "part")
             try:
                 part.mkdir(parents=True)
-                _write(part, components, adapter_name, state, tensors, randoms)
+                _write(part, components, adapter_name, contents, state, tensors, randoms)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
@@ -241,14 +252,17 @@ def load_checkpoint(
         _restore_module(folder / name, module, adapter_name)
     with torch.no_grad():
         for name, packed in outside.items():
-            parameters[name].copy_(_unpack(packed, tensors))
+            parameters[name].copy_(spread_like(_unpack(packed, tensors), parameters[name]))
         for name, parameter in parameters.items():
             packed = state["gradients"].get(name)
             parameter.grad = None
             if packed is not None:
-                parameter.grad = _unpack(packed, tensors).to(parameter.device)
+                gradient = _unpack(packed, tensors).to(parameter.device)
+                parameter.grad = spread_like(gradient, parameter)
     if optimizer_state is not None:
-        optimizer.load_state_dict(_unpack(optimizer_state, tensors))
+        unpacked = _unpack(optimizer_state, tensors)
+        _spread_state(unpacked["state"], optimizer)
+        optimizer.load_state_dict(unpacked)
     if scheduler is not None:
         _restore_object(scheduler, _unpack(state["scheduler"], tensors))
     for name, packed in state["stateful"].items():
@@ -332,16 +346,14 @@ def _write(
     part: Path,
     components: dict[str, nn.Module],
     adapter_name: str,
+    contents: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
     tensors: dict[str, Tensor],
     randoms: list[bytes],
 ) -> None:
     """Fill the folder of a checkpoint, the manifest last, and have it all on the disk."""
-    state["outside"] = {}
     for name, module in components.items():
-        for key, parameter in _save_module(part / name, module, adapter_name).items():
-            full = f"{name}.{key}" if name else key
-            state["outside"][full] = _pack(parameter, f"outside.{full}", tensors)
+        _save_module(part / name, module, adapter_name, contents[name])
     save_tensors(part / TENSORS, tensors)
     for rank, content in enumerate(randoms):
         (part / f"random-{rank}.safetensors").write_bytes(content)
@@ -467,12 +479,7 @@ def _components(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Modu
         if name and not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise ValueError(f"model must have names of components for keys; got {name!r}")
         bare[name] = _bare(module)
-    for name, parameter in _named_parameters(bare).items():
-        if hasattr(parameter, "full_tensor"):
-            raise ValueError(
-                f"model must have whole parameters; {name} is sharded: checkpoint sharded models "
-                "with torch.distributed.checkpoint"
-            )
+        reshard(bare[name])
     return bare
 
 
@@ -495,23 +502,55 @@ def _named_parameters(components: Mapping[str, nn.Module]) -> dict[str, nn.Param
     }
 
 
-def _save_module(folder: Path, module: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Write a module's adapter, or all of it; return the trained parameters that are left out."""
-    folder.mkdir(exist_ok=True)
+def _module_tensors(module: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of a module's adapter, or all of them, for the process that writes them."""
+    if hasattr(module, "peft_config"):
+        from spectral_adapters.peft._folder import adapter_tensors, check_adapter_name
+
+        configs: Any = module.peft_config
+        check_adapter_name(module, adapter_name, configs)
+        state = adapter_tensors(module, adapter_name)
+    else:
+        state = module.state_dict()
+    return {name: _for_writer(tensor) for name, tensor in state.items()}
+
+
+def _trained_outside(module: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """The trained parameters that :func:`_module_tensors` leaves out."""
     if not hasattr(module, "peft_config"):
-        save_tensors(folder / MODEL, module.state_dict())
         return {}
-    from spectral_adapters.peft import save_adapter
     from spectral_adapters.peft._folder import trained_outside
 
-    save_adapter(module, folder, adapter_name)
     return trained_outside(module, adapter_name)
+
+
+def _for_writer(tensor: Tensor) -> Tensor:
+    """A tensor, whole in the first process; of a sharded one the others keep nothing."""
+    if not is_sharded(tensor):
+        return tensor
+    whole = gathered(tensor)
+    return whole.cpu() if _rank() == 0 else whole.new_empty(0)
+
+
+def _save_module(
+    folder: Path, module: nn.Module, adapter_name: str, tensors: dict[str, Tensor]
+) -> None:
+    """Write a module's adapter, or all of it."""
+    folder.mkdir(exist_ok=True)
+    if not hasattr(module, "peft_config"):
+        save_tensors(folder / MODEL, tensors)
+        return
+    from spectral_adapters.peft._folder import write_adapter
+
+    write_adapter(module, folder, adapter_name, tensors)
 
 
 def _restore_module(folder: Path, module: nn.Module, adapter_name: str) -> None:
     if (folder / MODEL).is_file():
         try:
-            module.load_state_dict(load_tensors(folder / MODEL))
+            here = module.state_dict()
+            whole = load_tensors(folder / MODEL)
+            module.load_state_dict({k: spread_like(v, here.get(k, v)) for k, v in whole.items()})
         except RuntimeError as error:
             raise CheckpointError(f"{folder / MODEL} does not fit model: {error}") from error
         return
@@ -586,6 +625,16 @@ def _optimizer_state(
     return {"dict": list({**state, "state": by_number, "param_groups": groups}.items())}
 
 
+def _spread_state(state: dict[int, dict[str, Any]], optimizer: Any) -> None:
+    """Shard whole moments, in place, as the parameters are that they belong to."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, entries in state.items():
+        parameter = parameters[number]
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entries[key] = spread_like(value, parameter)
+
+
 def _pack_object(argument: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, torch.Generator):
         return _pack(value.get_state(), argument, tensors)
@@ -607,6 +656,7 @@ def _restore_object(value: Any, state: Any) -> None:
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """A state as JSON, with its tensors put into ``tensors`` under their path in it."""
     if isinstance(value, Tensor):
+        value = _for_writer(value)
         if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
             raise TypeError(
                 f"{path} must be a dense, whole tensor to be saved; got {type(value).__name__} "
@@ -715,7 +765,7 @@ def _device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def _gathered(content: bytes) -> list[bytes]:
+def _from_all(content: bytes) -> list[bytes]:
     """What every process gives, in all processes."""
     if not dist.is_initialized():
         return [content]

@@ -8,8 +8,9 @@ inference build a rotated basis or merged weight once. The rotations are one nod
 graph, so one call computes all their gradients in a backward pass.
 
 A layer goes its own way, with the same numbers, wherever the bank cannot know its rotations: called
-outside the root's forward, with other parameters than the bank saw (FSDP's, ``functional_call``'s),
-or in compiled parts of a model that is not compiled as a whole.
+outside the root's forward, with other parameters than the bank saw (``functional_call``'s, those
+that FSDP gathers for a part of the model; see ``sharding``), or in compiled parts of a model that
+is not compiled as a whole.
 """
 
 from __future__ import annotations
@@ -184,11 +185,34 @@ class RotationBank:
     _copies: list[Tensor] | None
 
     def __init__(self, *, keep: bool = True, accumulation_steps: int = 1) -> None:
-        if not isinstance(keep, bool):
-            raise TypeError(f"keep must be True or False; got {keep!r}")
+        self._bases_stay = True
         self.keep = keep
         self.accumulation_steps = accumulation_steps
         self._forget()
+
+    @property
+    def keep(self) -> bool:
+        """Whether rotated bases and merged weights are kept between forward passes."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"keep must be True or False; got {value!r}")
+        if value and not self._bases_stay:
+            raise ValueError(
+                "keep must be False for a model whose frozen bases are sharded: they are there "
+                "only while their layer runs"
+            )
+        self._keep = value
+
+    def expect_sharded_bases(self) -> None:
+        """Keep nothing that is made of frozen bases, from now on: FSDP frees them after each use.
+
+        Look for the layers again at the next forward, since FSDP replaces parameters.
+        """
+        self.keep = self._bases_stay = False
+        self.invalidate()
 
     @property
     def accumulation_steps(self) -> int:
@@ -222,7 +246,7 @@ class RotationBank:
         else:
             now = {"keep": bank.keep, "accumulation_steps": bank.accumulation_steps}
             fresh = cls(**{**now, **options})
-            bank.keep, bank.accumulation_steps = fresh.keep, fresh.accumulation_steps
+            bank.accumulation_steps, bank.keep = fresh.accumulation_steps, fresh.keep
         bank.add_root(model)
         return bank
 
@@ -257,8 +281,8 @@ class RotationBank:
         self._forget()
 
     def invalidate(self) -> None:
-        """Compute everything anew at the next forward."""
-        self._copies = None
+        """Look for the layers again, and compute everything anew, at the next forward."""
+        self._copies, self._must_scan = None, True
 
     @property
     def has_waiting_gradients(self) -> bool:
@@ -369,7 +393,7 @@ class RotationBank:
             self._must_scan = True
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpoint recomputes the whole root: with what it had
-        if self._must_scan:
+        if self._must_scan or not all(p.numel() for p in self._tracked):
             self._scan()
         self._refresh()
         if not is_nested:
@@ -494,8 +518,10 @@ def _rotated_layers(root: nn.Module | None) -> list[Any]:
 
 
 def _is_plain(parameter: Tensor) -> bool:
-    """Whether a parameter's numbers can be read here and now."""
-    return not (parameter.is_meta or parameter.is_inference() or hasattr(parameter, "full_tensor"))
+    """Whether a parameter's numbers can be read here and now; ZeRO-3 leaves empty ones."""
+    return parameter.numel() > 0 and not (
+        parameter.is_meta or parameter.is_inference() or hasattr(parameter, "full_tensor")
+    )
 
 
 def _shared(entries: list[_Entry]) -> list[SharedRotations]:

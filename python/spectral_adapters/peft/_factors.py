@@ -1,14 +1,14 @@
 """Frozen factorisations of base weights inside PEFT layers.
 
-They are neither parameters nor buffers: DDP does not broadcast them at every step, FSDP does not
-shard them, ``low_cpu_mem_usage`` does not put them on the meta device, and checkpoints do not hold
-them unless asked to.
+They are neither parameters nor buffers: DDP does not broadcast them at every step,
+``low_cpu_mem_usage`` does not put them on the meta device, and checkpoints do not hold them unless
+asked to. FSDP shards them once ``sharding.hold_factors`` has made them parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -60,6 +60,26 @@ class Fingerprints(BufferDict):
         self.unverified.discard(adapter)
 
 
+class _Held(nn.Module):
+    """A factorisation in parameters without gradient, which are in no state dict."""
+
+    def __init__(self, basis: SpectralBasis) -> None:
+        super().__init__()
+        for name, value in zip(SpectralBasis._fields, basis, strict=True):
+            held = None if value is None else nn.Parameter(value, requires_grad=False)
+            self.register_parameter(name, held)
+
+    @property
+    def basis(self) -> SpectralBasis:
+        return SpectralBasis(**cast(Any, self._parameters))
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
+
+
 class FrozenFactors(nn.Module):
     """The factorisation of one base weight, shared by the adapters that were made on it.
 
@@ -72,7 +92,6 @@ class FrozenFactors(nn.Module):
         base_dtype: precision that the base weight is rounded to before it is decomposed.
         in_checkpoint: whether ``state_dict`` holds the factors.
         quantization: what the factors are kept in if they are quantised, or None.
-        basis: the factorisation, or None before it was computed or loaded.
         fingerprint: of the weight that was decomposed here; None for factors from a checkpoint.
         is_exact: the basis is that of the base weight itself, not of a rounded or other one.
         is_stale: the base weight was replaced since the factors were computed.
@@ -94,11 +113,49 @@ class FrozenFactors(nn.Module):
         self.base_dtype = base_dtype
         self.in_checkpoint = in_checkpoint
         self.quantization = quantization
-        self.basis: SpectralBasis | QuantizedBasis | None = None
+        self._held: _Held | None = None
+        self.basis = None
         self._precision = base_dtype
         self.fingerprint: Fingerprint | None = None
         self.is_exact = False
         self.is_stale = False
+
+    @property
+    def basis(self) -> SpectralBasis | QuantizedBasis | None:
+        """The factorisation, or None before it was computed or loaded."""
+        held = self._modules.get("_held")
+        return self._basis if held is None else cast(_Held, held).basis
+
+    @basis.setter
+    def basis(self, basis: SpectralBasis | QuantizedBasis | None) -> None:
+        if self._modules.get("_held") is not None:
+            raise ValueError(
+                "factors that are held in parameters cannot be replaced; load the base weights and "
+                "the factors first, and shard afterwards"
+            )
+        self._basis = basis
+
+    def hold_in_parameters(self) -> bool:
+        """Move the factorisation into frozen parameters; whether it was not there yet.
+
+        Raises:
+            ValueError: there is none yet, or it is of a base weight that was replaced, or it is
+                quantised.
+        """
+        if self._held is not None:
+            return False
+        if self.quantization is not None:
+            raise ValueError(
+                f"factors must be dense to be sharded; these are kept in {self.quantization}; "
+                "use basis_dtype='base'"
+            )
+        if self.basis is None or self.is_stale:
+            raise ValueError(
+                "factors must be computed before they are sharded; load the base weights first, "
+                "and call the model or refresh_factors"
+            )
+        self._held, self._basis = _Held(cast(SpectralBasis, self.basis)), None
+        return True
 
     @property
     def kind(self) -> tuple[Factorisation, torch.dtype, str | None]:
@@ -193,6 +250,8 @@ class FrozenFactors(nn.Module):
             device = fn(torch.empty(0, device=self.basis.left.device)).device
             if device.type != "meta":
                 self.quantized_on(device)
+        elif self._held is not None:
+            self._held._apply(keep_precision(fn))
         elif self.basis is not None:
             left = self.basis.left
             probe = keep_precision(fn)(left.new_empty(0))

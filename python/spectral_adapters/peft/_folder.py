@@ -7,7 +7,7 @@ The folder is PEFT's own: ``adapter_config.json`` and ``adapter_model.safetensor
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import delete_adapter, set_requires_grad
 from torch import Tensor, nn
 
 from spectral_adapters._files import load_tensors, save_tensors, staged
+from spectral_adapters.sharding import spread_like
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -47,25 +48,39 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
         write_adapter(model, part, adapter_name)
 
 
-def write_adapter(model: nn.Module, folder: Path, adapter_name: str) -> None:
-    """Write the two files of an adapter that the model has."""
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The parameters and buffers that are saved of an adapter, by their names in the file."""
+    state = get_peft_model_state_dict(
+        model,
+        state_dict=model.state_dict(keep_vars=True),
+        adapter_name=adapter_name,
+        save_embedding_layers=False,
+    )
+    return {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
+
+
+def write_adapter(
+    model: nn.Module,
+    folder: Path,
+    adapter_name: str,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the two files of an adapter that the model has; ``tensors`` if its own are sharded."""
     configs: Any = model.peft_config
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     config = copy.copy(configs[adapter_name])
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    tensors = {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
-    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    own = adapter_tensors(model, adapter_name) if tensors is None else tensors
+    save_tensors(folder / WEIGHTS, own, {"format": "pt"})
 
 
 def trained_outside(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     """The parameters that require a gradient and that :func:`save_adapter` leaves out, by name."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    saved = {value.data_ptr() for value in state.values()}
+    saved = {id(value) for value in adapter_tensors(model, adapter_name).values()}
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.data_ptr() not in saved
+        if parameter.requires_grad and id(parameter) not in saved
     }
 
 
@@ -150,6 +165,11 @@ def _fill(
     model: nn.Module, weights: dict[str, Tensor], folder: Path, adapter_name: str, prefix: str
 ) -> None:
     """Load the weights of an adapter that the model has, all of them and nothing else."""
+    here = adapter_tensors(model, adapter_name)
+    weights = {
+        key: spread_like(value, here.get(PREFIX + key.removeprefix(PREFIX), value))
+        for key, value in weights.items()
+    }
     result: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     missing = [
         key

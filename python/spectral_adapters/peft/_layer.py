@@ -40,6 +40,7 @@ from spectral_adapters.peft._factors import (
     is_at_least,
     keep_precision,
 )
+from spectral_adapters.sharding import is_sharded
 
 _FINGERPRINT_SIZE = 161
 
@@ -732,11 +733,6 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return self.prefix.removesuffix("_") + "." + super().__repr__()
-
-
-def is_sharded(weight: Tensor | None) -> bool:
-    """Whether a weight is spread over processes, as FSDP2 does: a DTensor."""
-    return hasattr(weight, "full_tensor")
 
 
 def _quantized_state(base: Any) -> tuple[Any, Any]:

@@ -30,8 +30,9 @@ from transformers.pytorch_utils import Conv1D
 
 from spectral_adapters._validation import check_choice
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
-from spectral_adapters.peft._layer import SpectralLayer, is_sharded, prepare
+from spectral_adapters.peft._layer import SpectralLayer, prepare
 from spectral_adapters.rotation_bank import RotatedLayer, RotationBank
+from spectral_adapters.sharding import is_sharded
 
 #: How ``add_weighted_adapter`` can combine adapters.
 COMBINATIONS = ("sum", "spectral", "geodesic")

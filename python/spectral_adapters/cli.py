@@ -416,8 +416,7 @@ def run_compare(options: dict[str, Any]) -> int:
     plan, output = read_plan(options["plan"]), Path(options["output"])
     if options["workers"] < 1:
         raise UsageError(f"--workers must be at least 1; got {options['workers']}")
-    chosen: dict[str, set[Any]] = {}
-    for name, known in {
+    in_plan: dict[str, set[Any]] = {
         "tasks": set(plan.tasks),
         "methods": {method for task in plan.tasks.values() for method in task.methods},
         "budgets": {
@@ -426,7 +425,9 @@ def run_compare(options: dict[str, Any]) -> int:
             for budgets in task.methods.values()
             for budget in budgets
         },
-    }.items():
+    }
+    chosen = {}
+    for name, known in in_plan.items():
         given = known if options[name] is None else set(options[name])
         if given - known:
             raise UsageError(

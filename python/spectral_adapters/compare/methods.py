@@ -215,7 +215,7 @@ def _rank(shape: Shape) -> int:
 def factor_choices(dimension: int) -> list[tuple[int, ...]]:
     """The ways to write a dimension as a product of at most three ascending factors above 1."""
     divisors = [n for n in range(2, dimension + 1) if dimension % n == 0]
-    found = {(dimension,)}
+    found: set[tuple[int, ...]] = {(dimension,)}
     for a in divisors:
         rest = dimension // a
         found.update({(a, rest)} if a <= rest else ())

@@ -112,8 +112,9 @@ def compare(
         if plan.merge is not None and finished:
             subject, style = plan.tasks[plan.merge["subject"]], plan.tasks[plan.merge["style"]]
             pairs = [c for c in cells if c.task is subject and c.method not in (BASE, FULL)]
-            for job in [pool.submit(merge_cell, subject, style, c, output) for c in pairs]:
-                job.result()
+            merging = [pool.submit(merge_cell, subject, style, c, output) for c in pairs]
+            for merged in merging:
+                merged.result()
     if plan.cost is not None and finished:
         finished &= _costs(plan, output, ends, only, say)
     return finished

@@ -155,7 +155,7 @@ def fit(
     for step in range(steps):
         began = time.perf_counter()
         loss = loss_of(step)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(everything, max_norm)
         if not bool(torch.isfinite(norm)) or not bool(torch.isfinite(loss)):
             diverged = True

@@ -275,5 +275,5 @@ def with_changes(base: nn.Module, *changes: Mapping[str, Tensor]) -> nn.Module:
     with torch.no_grad():
         for change in changes:
             for name, values in change.items():
-                parameters[name] += values
+                parameters[name].add_(values)
     return model

@@ -163,13 +163,15 @@ class _Cell:
         self.runs = 0
 
     def run(self, kind: str, rate: float | None, seed: int) -> Record | None:
-        """The record of a run, made now if need be; None if there is no time left."""
+        """The record of a run, made now if need be; None if there is no time left for it, or
+        nobody who waits for it."""
         cell = self.cell
         record = _record(cell, kind, rate, seed)
         found = self.done.get(key_of(record))
         if found is not None:
             return found
-        if time.time() >= self.ends:
+        parent = multiprocessing.parent_process()
+        if time.time() >= self.ends or (parent is not None and not parent.is_alive()):
             return None
         record.update(run_once(cell, kind, rate, seed, self.output))
         append_record(self.output, record)

@@ -32,7 +32,13 @@ class _Pictures(Task):
     """Training and drawing with the emoji base model."""
 
     def __init__(
-        self, base: str, steps: int, batch_size: int, prior_images: int, targets: Sequence[str]
+        self,
+        base: str,
+        steps: int,
+        batch_size: int,
+        prior_images: int,
+        drawing_steps: int,
+        targets: Sequence[str],
     ) -> None:
         self.steps, self.batch_size = steps, batch_size
         self._given = Settings(
@@ -52,7 +58,7 @@ class _Pictures(Task):
         self.base: nn.Module = self.pipe.unet
         self.size = image_size(self.pipe, None)
         self.targets = tuple(targets)
-        drawing_steps, guidance, batch = EMOJI_SAMPLING
+        _, guidance, batch = EMOJI_SAMPLING
         self.sampling = evaluation.Sampling(drawing_steps, guidance, batch, self.size, 0)
         similarity.load_network()
         self._prior: Conditions | None = None
@@ -100,6 +106,7 @@ class Style(_Pictures):
         base: folder of the emoji base model.
         steps, batch_size: of training; each step also holds as many images of the prior.
         prior_images: what the base model keeps of its own.
+        drawing_steps: denoising steps of a drawing.
         dev_count, test_count: names that are drawn, evenly spaced in the lists.
         targets: endings of the names of the adapted layers; keys and values of the text.
     """
@@ -115,14 +122,15 @@ class Style(_Pictures):
     def __init__(
         self,
         base: str,
-        steps: int = 300,
+        steps: int = 200,
         batch_size: int = 8,
-        dev_count: int = 80,
+        dev_count: int = 60,
         test_count: int = 300,
         prior_images: int = 64,
+        drawing_steps: int = 12,
         targets: Sequence[str] = TEXT,
     ) -> None:
-        super().__init__(base, steps, batch_size, prior_images, targets)
+        super().__init__(base, steps, batch_size, prior_images, drawing_steps, targets)
         self.counts = {"dev": dev_count, "test": test_count}
         self.learned = data.openmoji(None, self.size)
         self._truth: dict[str, tuple[data.Pictures, Tensor, Tensor]] = {}
@@ -176,6 +184,7 @@ class Subject(_Pictures):
         steps, batch_size: of training.
         noises: drawings of each face.
         prior_images: what the base model keeps of its own.
+        drawing_steps: denoising steps of a drawing.
         targets: endings of the names of the adapted layers.
     """
 
@@ -190,13 +199,14 @@ class Subject(_Pictures):
     def __init__(
         self,
         base: str,
-        steps: int = 200,
+        steps: int = 150,
         batch_size: int = 4,
         noises: int = 8,
         prior_images: int = 64,
+        drawing_steps: int = 12,
         targets: Sequence[str] = TEXT,
     ) -> None:
-        super().__init__(base, steps, batch_size, prior_images, targets)
+        super().__init__(base, steps, batch_size, prior_images, drawing_steps, targets)
         self.noises = noises
         emoji.fetch_style("noto")
         self.learned = self._faces(CATS_LEARNED, "noto")

@@ -76,10 +76,10 @@ class Plan:
     """How much is trained and drawn; everything else is the same at all sizes."""
 
     seeds: int = 3
-    noises: int = 4
+    noises: int = 3
     steps: int = 100
-    batch_size: int = 4
-    prior: int = 64
+    batch_size: int = 2
+    prior: int = 48
     sampling_steps: int = 20
 
 

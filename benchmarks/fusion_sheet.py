@@ -109,10 +109,10 @@ def _orthogonal(unet: Any, concept: str) -> None:
 
 #: Gives a denoiser the adapter of a concept; and the learning rates that are tried.
 FAMILIES: dict[str, tuple[Callable[[Any, str], None], tuple[float, ...]]] = {
-    "A": (_spectral_a, (1e-3, 3e-3, 1e-2)),
-    "SODA": (_soda, (3e-3, 1e-2, 3e-2)),
-    "LoRA": (_lora, (1e-3, 3e-3, 1e-2)),
-    "orthogonal LoRA": (_orthogonal, (1e-2, 3e-2, 1e-1)),
+    "A": (_spectral_a, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "SODA": (_soda, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "LoRA": (_lora, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "orthogonal LoRA": (_orthogonal, (1e-2, 3e-2, 1e-1, 3e-1)),
 }
 #: By title: the method of ``spectral-adapters fuse``, and whose adapters it fuses.
 METHODS = {

@@ -909,7 +909,7 @@ def test_command_line_merges_and_cuts(shelf, tmp_path, capsys):
         (["a0", "a1", "--method=spectral"], [1, 1]),
         (["a0", "a1", "--method=spectral", "--merged"], [1, 1]),
         (["soda0=0.5", "a1=2", "--method=delta", "--merged"], [0.5, 2]),
-        (["a0=0.5", "a1", "--method=delta"], [0.5, 1]),
+        (["a0", "a0=3", "--method=fedavg"], [0.25, 0.75]),
     ],
 )
 def test_command_line_draws_a_sheet(words, weights, shelf, tmp_path, monkeypatch):
@@ -925,11 +925,11 @@ def test_command_line_draws_a_sheet(words, weights, shelf, tmp_path, monkeypatch
     assert (tmp_path / "out" / "sheet.png").is_file()
     ((names, columns),) = pages
     adapters = [word.split("=")[0] for word in words[:2]]
-    assert names == prompts and list(columns) == ["base model", *adapters, "fused"]
+    titles = [adapters[0], adapters[1] + "_1" * (adapters[1] == adapters[0])]
+    assert names == prompts and list(columns) == ["base model", *titles, "fused"]
 
     sampling = evaluation.Sampling(2, 3.0, 4, (16, 16), 5)
-    models = {"base model": [0, 0], adapters[0]: [1, 0], adapters[1]: [0, 1], "fused": weights}
-    for title, factors in models.items():
+    for title, factors in zip(columns, ([0, 0], [1, 0], [0, 1], weights), strict=True):
         pipe = opened(shelf / "base")
         total = sum_of(shelf, adapters, factors)
         for part in ("unet", "text_encoder"):

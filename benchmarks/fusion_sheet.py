@@ -81,9 +81,10 @@ class Plan:
     batch_size: int = 2
     prior: int = 48
     sampling_steps: int = 20
+    rates: int | None = None
 
 
-SMOKE = Plan(seeds=1, noises=1, steps=1, batch_size=1, prior=2, sampling_steps=1)
+SMOKE = Plan(seeds=1, noises=1, steps=1, batch_size=1, prior=2, sampling_steps=1, rates=1)
 
 
 def _spectral_a(unet: Any, concept: str) -> None:
@@ -239,7 +240,7 @@ def sweep(studio: Studio) -> dict[str, dict[float, float]]:
     first = next(iter(CONCEPTS))
     for family, (_, rates) in FAMILIES.items():
         found[family] = {}
-        for rate in rates:
+        for rate in rates[: studio.plan.rates]:
             table = studio.compare(studio.alone(studio.train(family, rate, 0, [first])))
             found[family][rate] = float(table[0, :, 0].mean())
             print(f"{family}, {rate:g}: {found[family][rate]:.3f}", flush=True)
@@ -277,12 +278,12 @@ def summary(table: Tensor, base: Tensor, before: Tensor) -> dict[str, Any]:
         "own": spread(own.mean(0)),
         "kept": spread(kept),
         "others": spread(others.mean(1)),
-        "own is nearest": float(nearest.float().mean()),
-        "together": {name: spread(joint[..., i]) for i, name in enumerate(CONCEPTS)},
-        "together, mean": spread(joint.mean(-1)),
-        "together, least": spread(joint.amin(-1)),
-        "together, nearest": {
-            name: float((joint.argmax(-1) == i).float().mean()) for i, name in enumerate(CONCEPTS)
+        "own is nearest": rounded(nearest.float().mean()),
+        "joint": {name: spread(joint[..., i]) for i, name in enumerate(CONCEPTS)},
+        "joint, mean": spread(joint.mean(-1)),
+        "joint, least": spread(joint.amin(-1)),
+        "joint, nearest": {
+            name: rounded((joint.argmax(-1) == i).float().mean()) for i, name in enumerate(CONCEPTS)
         },
     }
 
@@ -334,7 +335,7 @@ def run(plan: Plan, work: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         models[f"{family}, each alone"] = summary(before[family], bases, before[family])
         for concept in CONCEPTS:
             joint = stacked[f"{family}: {concept}"][:, len(CONCEPTS)]
-            models[f"{family}, each alone"][f"together, {concept} alone"] = [
+            models[f"{family}, each alone"][f"joint, {concept} alone"] = [
                 spread(joint[..., i]) for i in range(len(CONCEPTS))
             ]
     for title, (_, family) in {**METHODS, JOINTLY: ("", "LoRA")}.items():
@@ -377,8 +378,8 @@ def references(studio: Studio) -> dict[str, Any]:
         ),
         "base, three names that it knows": {
             "names": list(KNOWN),
-            "together, mean": spread(to_each.mean(-1)),
-            "together, least": spread(to_each.amin(-1)),
+            "joint, mean": spread(to_each.mean(-1)),
+            "joint, least": spread(to_each.amin(-1)),
         },
     }
 
@@ -417,8 +418,8 @@ def table(document: Mapping[str, Any]) -> str:
                 f"{found['kept'][0]:.0%}",
                 cell(found["others"]),
                 f"{found['own is nearest']:.0%}",
-                "" if "alone" in title else cell(found["together, mean"]),
-                "" if "alone" in title else cell(found["together, least"]),
+                "" if "alone" in title else cell(found["joint, mean"]),
+                "" if "alone" in title else cell(found["joint, least"]),
                 f"{mean(talk):.3f}" if talk else "",
             ]
         )

@@ -69,6 +69,10 @@ RANK = 8
 #: Everybody's columns, and rows of the orthogonal matrix, from one register each.
 COLUMNS = ColumnAllocator(rank=112, r=RANK)
 ROWS = ColumnAllocator(rank=384, r=RANK)
+for _concept in CONCEPTS:
+    # In one order, however many adapters an earlier run has left to train.
+    COLUMNS.allocate(_concept)
+    ROWS.allocate(_concept)
 
 
 @dataclass(frozen=True)

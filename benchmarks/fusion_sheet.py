@@ -8,7 +8,9 @@ The concepts are three OpenMoji drawings of things that no emoji up to version 1
 model has seen neither them nor their style: one red, one green, one brown. Each has a nonsense word
 for a name and a style-free caption, and is trained from that one drawing beside pictures that the
 base model drew of other names; the three know nothing of each other. All methods get the same
-pictures, noise, steps and adapted modules, and the best of a sweep of learning rates.
+pictures, noise, steps and adapted modules, and that learning rate of a sweep at which the first
+concept's adapter alone draws it best; one seed also the next lower rate, because what is best alone
+need not be best to fuse.
 """
 
 from __future__ import annotations
@@ -205,7 +207,7 @@ class Studio:
         return found.unflatten(0, images.shape[:2])
 
     def alone(self, folder: Path) -> Tensor:
-        """What one adapter draws."""
+        """What one adapter draws of all prompts."""
         load_adapter(self.reset(), folder)
         return self.draw()
 
@@ -301,49 +303,74 @@ def rounded(values: Tensor) -> Any:
     return [rounded(row) for row in values] if values.ndim else round(float(values), 4)
 
 
-def run(plan: Plan, work: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The document to keep, and the drawings of the first seed by title, [prompts, noises, ...]."""
-    began = time.perf_counter()
-    studio = Studio(plan, work)
-    rates = sweep(studio)
-    best = {family: max(found, key=found.__getitem__) for family, found in rates.items()}
-    base_images = studio.draw()
-    shown = {"base": base_images}
-    base = studio.compare(base_images)
+def compare(
+    studio: Studio, base: Tensor, rates: Mapping[str, float], seeds: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Figures of all models and fusions, and the drawings of the first seed by title.
+
+    Args:
+        studio: where to draw.
+        base: what the base model draws, [prompts, noises, 3, H, W].
+        rates: learning rates by family.
+        seeds: of training.
+    """
     tables: dict[str, list[Tensor]] = {}
     fusions: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(plan.seeds):
+    shown = {"base": base}
+    for seed in range(seeds):
         folders: dict[str, list[Path]] = {}
         pictures: dict[str, Tensor] = {}
         for family in FAMILIES:
-            folders[family] = [studio.train(family, best[family], seed, [c]) for c in CONCEPTS]
+            folders[family] = [studio.train(family, rates[family], seed, [c]) for c in CONCEPTS]
             for concept, folder in zip(CONCEPTS, folders[family], strict=True):
                 pictures[f"{family}: {concept}"] = studio.alone(folder)
         for title, (method, family) in METHODS.items():
             pictures[title], fused = studio.fuse(method, folders[family])
             fusions.setdefault(title, []).append(fused)
-        jointly = studio.train("LoRA", best["LoRA"], seed, list(CONCEPTS))
+        jointly = studio.train("LoRA", rates["LoRA"], seed, list(CONCEPTS))
         pictures[JOINTLY] = studio.alone(jointly)
         for title, images in pictures.items():
             tables.setdefault(title, []).append(studio.compare(images))
         shown = shown if seed else {**shown, **pictures}
-        print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"seed {seed} drawn", flush=True)
     stacked = {title: torch.stack(found) for title, found in tables.items()}
-    bases = base.expand(plan.seeds, *base.shape)
+    table = studio.compare(base)
+    bases = table.expand(seeds, *table.shape)
     before = {}
     for family in FAMILIES:
         own = [stacked[f"{family}: {c}"][:, i] for i, c in enumerate(CONCEPTS)]
         before[family] = torch.stack([*own, bases[:, len(CONCEPTS)]], 1)
     models = {"base": summary(bases, bases, before["LoRA"])}
     for family in FAMILIES:
-        models[f"{family}, each alone"] = summary(before[family], bases, before[family])
-        for concept in CONCEPTS:
-            joint = stacked[f"{family}: {concept}"][:, len(CONCEPTS)]
-            models[f"{family}, each alone"][f"joint, {concept} alone"] = [
-                spread(joint[..., i]) for i in range(len(CONCEPTS))
+        found = summary(before[family], bases, before[family])
+        # There is no one model of which this were the joint drawing, but three.
+        models[f"{family}, each alone"] = {k: v for k, v in found.items() if "joint" not in k} | {
+            f"joint, {concept} alone": [
+                spread(stacked[f"{family}: {concept}"][:, len(CONCEPTS), :, i])
+                for i in range(len(CONCEPTS))
             ]
+            for concept in CONCEPTS
+        }
     for title, (_, family) in {**METHODS, JOINTLY: ("", "LoRA")}.items():
         models[title] = summary(stacked[title], bases, before[family])
+    document = {"rates": dict(rates), "seeds": seeds, "models": models, "fusions": fusions}
+    return document, shown
+
+
+def run(plan: Plan, work: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The document to keep, and the drawings of the first seed by title."""
+    began = time.perf_counter()
+    studio = Studio(plan, work)
+    base = studio.draw()
+    known = references(studio)
+    tried = sweep(studio)
+    best = {family: max(found, key=found.__getitem__) for family, found in tried.items()}
+    gentler = {}
+    for family, found in tried.items():
+        lower = [rate for rate in found if rate < best[family]]
+        gentler[family] = max(lower, default=best[family])
+    chosen, shown = compare(studio, base, best, plan.seeds)
+    lower, _ = compare(studio, base, gentler, 1)
     return {
         "date": now(),
         **conditions(),
@@ -351,13 +378,13 @@ def run(plan: Plan, work: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "concepts": {name: list(about) for name, about in CONCEPTS.items()},
         "prompts": list(PROMPTS),
         "modules": list(TEXT),
-        "rates": {
-            family: {f"{r:g}": v for r, v in found.items()} for family, found in rates.items()
+        "sweep": {
+            family: {f"{r:g}": rounded(torch.tensor(v)) for r, v in found.items()}
+            for family, found in tried.items()
         },
-        "chosen rates": best,
-        "references": references(studio),
-        "models": models,
-        "fusions": fusions,
+        "references": known,
+        "chosen rates": chosen,
+        "next lower rates": lower,
         "seconds": round(time.perf_counter() - began),
     }, shown
 
@@ -402,33 +429,40 @@ def draw_sheet(shown: Mapping[str, Tensor]) -> Any:
     return report.sheet(rows, kept, blocks=1)
 
 
-def table(document: Mapping[str, Any]) -> str:
-    """The table of docs/fusion.md."""
+def table(found: Mapping[str, Any]) -> str:
+    """A table of docs/fusion.md, of what :func:`compare` found."""
 
-    def cell(pair: Sequence[float]) -> str:
-        return f"{pair[0]:.3f} ± {pair[1]:.3f}"
+    def cell(pair: Sequence[float] | None) -> str:
+        return "" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}"
 
     rows = []
-    for title, found in document["models"].items():
-        talk = [
-            pair[0]
-            for fused in document["fusions"].get(title, [])
-            for pair in fused["crosstalk"].values()
-        ]
+    for title, figures in found["models"].items():
+        reports = found["fusions"].get(title, [])
+        talk = [pair[0] for fused in reports for pair in fused["crosstalk"].values()]
+        norms = [fused["norms"][concept] for fused in reports for concept in CONCEPTS]
         rows.append(
             [
                 title,
-                cell(found["own"]),
-                f"{found['kept'][0]:.0%}",
-                cell(found["others"]),
-                f"{found['own is nearest']:.0%}",
-                "" if "alone" in title else cell(found["joint, mean"]),
-                "" if "alone" in title else cell(found["joint, least"]),
-                f"{mean(talk):.3f}" if talk else "",
+                cell(figures["own"]),
+                f"{figures['kept'][0]:.0%}",
+                cell(figures["others"]),
+                f"{figures['own is nearest']:.0%}",
+                cell(figures.get("joint, mean")),
+                cell(figures.get("joint, least")),
+                f"{mean(norms):.0f}" if norms else "",
+                f"{mean(talk):.2f}" if talk else "",
             ]
         )
-    head = ["", "own", "kept", "others", "own nearest", "joint, mean", "joint, least", "crosstalk"]
-    return markdown(head, rows)
+    head = ["", "own", "kept", "others", "own nearest", "joint, mean", "joint, least"]
+    return markdown([*head, "norm of one", "crosstalk"], rows)
+
+
+def tables(document: Mapping[str, Any]) -> str:
+    """Both tables of a result."""
+    parts = ("chosen rates", "next lower rates")
+    return "\n\n".join(
+        f"{part}: {document[part]['rates']}\n\n{table(document[part])}" for part in parts
+    )
 
 
 def main() -> None:
@@ -440,7 +474,7 @@ def main() -> None:
     parser.add_argument("--image", type=Path, default=HERE.parent / "docs/images/fusion.png")
     options = parser.parse_args()
     if options.table is not None:
-        print(table(json.loads(options.table.read_text())))
+        print(tables(json.loads(options.table.read_text())))
         return
     with tempfile.TemporaryDirectory() as scratch:
         document, shown = run(SMOKE if options.smoke else Plan(), options.work or Path(scratch))
@@ -449,7 +483,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
     report.save_png(draw_sheet(shown), options.image)
-    print(table(document))
+    print(tables(document))
     print(f"written: {path}, {options.image}")
 
 

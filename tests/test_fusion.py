@@ -9,6 +9,7 @@ import torch
 from support import assert_near, random_rotation
 from torch import nn
 
+Image = pytest.importorskip("PIL.Image")
 peft = pytest.importorskip("peft")
 pytest.importorskip("diffusers")
 
@@ -902,6 +903,45 @@ def test_command_line_merges_and_cuts(shelf, tmp_path, capsys):
         assert_near(found[:, index::2], alone[:, index::2].float(), factor=5)
 
 
+@pytest.mark.parametrize(
+    ("words", "weights"),
+    [
+        (["a0", "a1", "--method=spectral"], [1, 1]),
+        (["a0", "a1", "--method=spectral", "--merged"], [1, 1]),
+        (["soda0=0.5", "a1=2", "--method=delta", "--merged"], [0.5, 2]),
+        (["a0", "a0=3", "--method=fedavg"], [0.25, 0.75]),
+    ],
+)
+def test_command_line_draws_a_sheet(words, weights, shelf, tmp_path, monkeypatch):
+    from spectral_adapters.personalize import evaluation, report
+
+    pages = []
+    monkeypatch.setattr(report, "sheet", lambda *args: pages.append(args) or Image.new("1", (1, 1)))
+    prompts = ["a cat", "a cat and a dog"]
+    options = ["--sample-steps=2", "--guidance-scale=3", "--seed=5"]
+    paths = [word if "--" in word else str(shelf / word) for word in words]
+    where = ["--base", str(shelf / "base"), "--output", str(tmp_path / "out")]
+    assert cli.main(["fuse", *paths, *where, "--sheet", *prompts, *options]) == 0
+    assert (tmp_path / "out" / "sheet.png").is_file()
+    ((names, columns),) = pages
+    adapters = [word.split("=")[0] for word in words[:2]]
+    titles = [adapters[0], adapters[1] + "_1" * (adapters[1] == adapters[0])]
+    assert names == prompts and list(columns) == ["base model", *titles, "fused"]
+
+    sampling = evaluation.Sampling(2, 3.0, 4, (16, 16), 5)
+    for title, factors in zip(columns, ([0, 0], [1, 0], [0, 1], weights), strict=True):
+        pipe = opened(shelf / "base")
+        total = sum_of(shelf, adapters, factors)
+        for part in ("unet", "text_encoder"):
+            module = getattr(pipe, part)
+            state = {key: total[f"{part}.{key}"].float() for key in module.state_dict()}
+            module.load_state_dict(state)
+        expected = evaluation.draw(pipe, prompts, sampling)
+        assert_near(columns[title], expected, factor=100)
+        if title != "base model":
+            assert not torch.allclose(columns[title], columns["base model"], atol=1e-3)
+
+
 def test_files_of_moments_are_checked(shelf, tmp_path, capsys):
     words = ["a0", "--method=gradient", "--merged"]
     (tmp_path / "text").write_text("nothing")
@@ -926,6 +966,12 @@ def test_files_of_moments_are_checked(shelf, tmp_path, capsys):
         (["a0", "--method=spectral", "--rank=3"], "rank must be None"),
         (["a0", "--method=fedavg", "--allow-overlap"], "--allow-overlap is for --method spectral"),
         (["a0", "a0", "--method=orthogonal"], "changes must be orthogonal"),
+        (["a0", "--method=delta", "--seed=1"], "--seed is for --sheet"),
+        (["a0", "--method=delta", "--sheet= "], "--sheet must hold prompts that are not empty"),
+        (
+            ["a0", "--method=delta", "--sheet=x", "--sample-steps=0"],
+            "--sample-steps must be at least 1; got 0",
+        ),
     ],
 )
 def test_command_line_refuses(words, message, shelf, tmp_path, capsys):

@@ -227,6 +227,19 @@ def add_fuse(commands: Any) -> None:
         metavar="X",
         help="gradient: pull to the base weight (default: 1e-6)",
     )
+    parser.add_argument(
+        "--sheet",
+        nargs="+",
+        metavar="PROMPT",
+        help="draw these with the base, each adapter and the fusion: OUTPUT/sheet.png",
+    )
+    parser.add_argument(
+        "--sample-steps", type=int, metavar="N", help="--sheet: denoising steps (default: 50)"
+    )
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="X", help="--sheet: guidance (default: 7.5)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="--sheet: of the noise (default: 0)")
     parser.set_defaults(run=run_fuse, command="fuse")
 
 
@@ -245,11 +258,16 @@ def run_fuse(options: dict[str, Any]) -> int:
             f"--moments needs one file for each of {len(given)} adapters; "
             f"got {len(options['moments'])}"
         )
+    _check_sheet(options)
     _quieten_libraries()
     from spectral_adapters.diffusers import fuse_adapters
     from spectral_adapters.personalize.pipelines import open_base
 
     pipe = open_base(options["base"])
+    if options["sheet"] is not None and not hasattr(pipe, "unet"):
+        raise UsageError(
+            f"--sheet draws with pipelines that have a unet; {type(pipe).__name__} has none"
+        )
     with usage_errors():
         fusion = fuse_adapters(
             pipe,
@@ -268,7 +286,61 @@ def run_fuse(options: dict[str, Any]) -> int:
         print(fusion.overlap)
     _print_errors(fusion.errors)
     print(f"written: {options['output']}, {fusion.kind}")
+    if options["sheet"] is not None:
+        *names, _ = fusion.report.norms
+        folders = dict(zip(names, (folder for folder, _ in given), strict=True))
+        _draw_sheet(options, pipe, folders, reload=fusion.kind == "LoRA")
     return 0
+
+
+#: Options of ``fuse`` that say how ``--sheet`` draws: the least value, and what stands for None.
+SHEET_OPTIONS: dict[str, tuple[int, Any]] = {
+    "sample_steps": (1, 50),
+    "guidance_scale": (0, 7.5),
+    "seed": (0, 0),
+}
+
+
+def _check_sheet(options: Mapping[str, Any]) -> None:
+    prompts = options["sheet"]
+    if prompts is not None and not all(prompt.strip() for prompt in prompts):
+        raise UsageError(f"--sheet must hold prompts that are not empty; got {prompts}")
+    for name, (least, _) in SHEET_OPTIONS.items():
+        value = options[name]
+        if value is None:
+            continue
+        if prompts is None:
+            raise UsageError(f"{flag(name)} is for --sheet")
+        if not least <= value < float("inf"):
+            raise UsageError(f"{flag(name)} must be at least {least}; got {value}")
+
+
+def _draw_sheet(
+    options: Mapping[str, Any], fused: Any, adapters: Mapping[str, str], *, reload: bool
+) -> None:
+    """Draw the prompts with the base, with each adapter, and with ``fused`` or the LoRA written."""
+    from spectral_adapters.personalize import evaluation, report
+    from spectral_adapters.personalize.pipelines import open_base
+    from spectral_adapters.personalize.run import FOLDER_SAMPLING, SHEET, image_size
+
+    output, prompts = Path(options["output"]), options["sheet"]
+    steps, guidance, seed = (
+        default if options[name] is None else options[name]
+        for name, (_, default) in SHEET_OPTIONS.items()
+    )
+    pipe = open_base(options["base"])
+    size = image_size(pipe, None)
+    sampling = evaluation.Sampling(steps, guidance, FOLDER_SAMPLING[2], size, seed)
+    # Names of adapters have no spaces.
+    columns = {"base model": evaluation.draw(pipe, prompts, sampling, label="base model")}
+    columns |= evaluation.draw_each(pipe, adapters, prompts, sampling)
+    if reload:
+        pipe.load_lora_weights(str(output))
+        fused = pipe
+    columns["fused"] = evaluation.draw(fused, prompts, sampling, label="fused")
+    with usage_errors():
+        report.save_png(report.sheet(prompts, columns), output / SHEET)
+    print(f"written: {output / SHEET}")
 
 
 def _weighted(text: str) -> tuple[str, float]:

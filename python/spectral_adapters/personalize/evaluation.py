@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spectral_adapters.diffusers import adapted_components, load_adapter
+from spectral_adapters.peft import merge_changes
 from spectral_adapters.personalize import similarity
 from spectral_adapters.personalize.trainer import Conditions, encode_captions, seeded
 
@@ -67,6 +70,29 @@ def draw(
             images.append(drawn.float().cpu())
             bar.update(len(batch))
     return torch.cat(images) if images else torch.zeros(0, 3, height, width)
+
+
+def draw_each(
+    pipe: Any, adapters: Mapping[str, str | Path], prompts: Sequence[str], sampling: Sampling
+) -> dict[str, Tensor]:
+    """:func:`draw` with one adapter after the other, at weight 1.
+
+    Args:
+        pipe: a pipeline without adapters; has none afterwards.
+        adapters: by title, folders of adapters on ``pipe``.
+        prompts, sampling: the same for all, and so is the noise.
+
+    Raises:
+        FileNotFoundError, RuntimeError, ValueError: as ``load_adapter`` of
+            ``spectral_adapters.diffusers``.
+    """
+    columns = {}
+    for title, folder in adapters.items():
+        load_adapter(pipe, folder)
+        columns[title] = draw(pipe, prompts, sampling, label=title)
+        for module in adapted_components(pipe).values():
+            merge_changes(module, {})
+    return columns
 
 
 @torch.no_grad()

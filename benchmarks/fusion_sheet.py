@@ -50,7 +50,7 @@ from spectral_adapters.personalize.evaluation import Sampling
 from spectral_adapters.personalize.pipelines import load_pipeline
 from spectral_adapters.personalize.run import EMOJI_SAMPLING
 from spectral_adapters.personalize.settings import Settings
-from spectral_adapters.personalize.trainer import Trainer, encode, make_accelerator
+from spectral_adapters.personalize.trainer import Trainer, encode, encode_captions, make_accelerator
 
 HERE = Path(__file__).parent
 BASE = HERE.parent / "examples" / "emoji_base" / "model"
@@ -422,6 +422,19 @@ def run(plan: Plan, work: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }, shown
 
 
+def shared_states(pipe: Any) -> list[list[float]]:
+    """Share of the text states of prompt i, by energy, in the span of those of prompt j."""
+    states, _ = encode_captions(pipe, PROMPTS[: len(CONCEPTS)], SIZE)
+    spans = [torch.linalg.qr(found.double().mT)[0] for found in states]
+    return [
+        [
+            round(float((found.double() @ span).norm() / found.double().norm()) ** 2, 4)
+            for span in spans
+        ]
+        for found in states
+    ]
+
+
 def references(studio: Studio) -> dict[str, Any]:
     """What the figures can be compared with."""
     studio.reset()
@@ -440,6 +453,7 @@ def references(studio: Studio) -> dict[str, Any]:
         "collage of the three through the autoencoder": rounded(
             (similarity.image_features(page) @ studio.features.T)[0]
         ),
+        "text states of a prompt in the span of another's": shared_states(studio.pipe),
         "base, three names that it knows": {
             "names": list(KNOWN),
             "joint, mean": spread(to_each.mean(-1)),

@@ -444,8 +444,11 @@ def test_fusion_sheet_draws_every_method(tmp_path, monkeypatch, capsys):
     assert image.read_bytes().startswith(b"\x89PNG")
     (path,) = tmp_path.glob("fusion-*.json")
     document = json.loads(path.read_text())
-    assert {*sheet.METHODS, sheet.JOINTLY, "base"} <= document["models"].keys()
-    assert (
-        max(pair[1] for pair in document["fusions"]["orthogonal"][0]["crosstalk"].values()) < 1e-3
-    )
-    assert sheet.table(document) in capsys.readouterr().out
+    found = document["chosen rates"]
+    assert {*sheet.METHODS, sheet.JOINTLY, "base"} <= found["models"].keys()
+    orthogonal = found["fusions"]["orthogonal"][0]["crosstalk"]
+    assert max(largest for _, largest in orthogonal.values()) < 1e-3
+    studio = sheet.Studio(sheet.SMOKE, tmp_path)
+    own = studio.compare(studio.draw())[:3, 0].diagonal().mean()
+    assert found["models"]["base"]["own"][0] == pytest.approx(float(own), abs=2e-4)
+    assert sheet.tables(document) in capsys.readouterr().out

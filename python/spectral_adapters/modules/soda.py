@@ -208,7 +208,10 @@ class SODAModule(SpectralModule, RotatedLayer):
     def basis(self) -> SpectralBasis:
         """The frozen factorisation of the base weight."""
         quantized = self.quantized_basis
-        return super().basis if quantized is None else quantized.dequantized()
+        if quantized is not None:
+            return quantized.dequantized()
+        # Not by super(), which torch.compile cannot follow here.
+        return SpectralBasis(self.left, self.singular_values, self.right)
 
     @torch.no_grad()
     def absorb(self) -> Self:

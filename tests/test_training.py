@@ -94,11 +94,11 @@ TASKS = {
 }
 
 
-def adapted(method, task, dropout=0.0, **options):
+def adapted(method, task, dropout=0.0, dtype=torch.float32, **options):
     """The base model of a task with a fresh adapter."""
     build, modules, _ = TASKS[task]
     config, required = METHODS[method]
-    base = build(dropout)
+    base = build(dropout).to(dtype)
     torch.manual_seed(1)
     return get_peft_model(
         base, config(**{"task_type": task, "target_modules": modules, **required, **options})
@@ -292,7 +292,7 @@ def train_with_fsdp2(method, folder):
     from torch.distributed.tensor import DTensor
 
     task = TaskType.CAUSAL_LM
-    model = adapted(method, task, **SHARDED)
+    model = adapted(method, task, dtype=torch.float64, **SHARDED)
     before = {name: factor.clone() for name, factor in factors(model).items()}
     shard(model)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -315,7 +315,7 @@ def train_with_fsdp2(method, folder):
     )
 
     # Resumed, on a base whose weights arrive after sharding.
-    resumed = adapted(method, task, **SHARDED)
+    resumed = adapted(method, task, dtype=torch.float64, **SHARDED)
     for parameter in resumed.parameters():
         parameter.data.add_(0.1)
     shard(resumed)
@@ -356,7 +356,7 @@ def assert_done_by_both(folder, said):
     assert {file.name for file in folder.glob("done by *")} == {"done by 0", "done by 1"}, said
 
 
-def assert_same_adapter(folder, start, reference):
+def assert_same_adapter(folder, start, reference, tolerance=SAME):
     """The saved adapter has the reference's numbers, all of which have come far."""
     saved = load_file(folder / "adapter_model.safetensors")
     expected = get_peft_model_state_dict(reference, save_embedding_layers=False)
@@ -370,7 +370,7 @@ def assert_same_adapter(folder, start, reference):
             saved[name],
             parameter,
             rtol=0,
-            atol=SAME,
+            atol=tolerance,
             msg=lambda text, name=name: f"{folder.name}, {name}: {text}",
         )
 
@@ -409,11 +409,14 @@ def test_ddp_and_fsdp2(tmp_path):
         assert_same_adapter(tmp_path / "ddp" / method, start, reference)
 
         task = TaskType.CAUSAL_LM
-        start, reference = adapted(method, task, **SHARDED), adapted(method, task, **SHARDED)
+        # Training amplifies rounding: in fp32 one number of A differs by 1.8e-6 on some processors
+        # (tests/test_scaling.py has fp32). In fp64 nothing but an error could come near SAME.
+        double = {"dtype": torch.float64, **SHARDED}
+        start, reference = adapted(method, task, **double), adapted(method, task, **double)
         train(reference, sgd(reference), batches(task))
         folder = tmp_path / "fsdp2" / method
-        assert_same_adapter(folder, start, reference)
-        loaded = PeftModel.from_pretrained(TASKS[task][0](), folder)
+        assert_same_adapter(folder, start, reference, tolerance=1e-6 * SAME)
+        loaded = PeftModel.from_pretrained(TASKS[task][0]().double(), folder)
         expected = torch.load(folder / "logits.pt")
         assert relative_error(logits(loaded, task), expected) <= TOLERANCE[torch.float32]
         start.load_state_dict(torch.load(folder / "whole.pt"))

@@ -120,7 +120,11 @@ ROWS = [
     Row("SODA", "int8", "int8"),
     Row("SODA", "nf4", "int8"),
     Row("SODA", "nf4", "nf4"),
-    *[Row(method, base) for method in ("A", "R", "LoRA") for base in ("fp32", "int8", "nf4")],
+    *[
+        Row(method, base)
+        for method in ("A", "R", "LoRA")
+        for base in ("fp32", "int8", "float8", "nf4")
+    ],
 ]
 
 
@@ -135,12 +139,13 @@ def base_of(weight: Tensor, kind: str) -> nn.Sequential:
     model = nn.Sequential(layer)
     if kind == "bf16":
         model.bfloat16()
-    elif kind == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    elif kind in ("int8", "float8"):
+        from torchao import quantization
 
-        quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+        config = getattr(quantization, f"{kind.capitalize()}WeightOnlyConfig")
+        quantization.quantize_(model, config(set_inductor_config=False))
         model.hf_quantizer = SimpleNamespace(
-            quantization_config=SimpleNamespace(get_apply_tensor_subclass=Int8WeightOnlyConfig)
+            quantization_config=SimpleNamespace(get_apply_tensor_subclass=config)
         )
     elif kind == "nf4":
         import bitsandbytes as bnb
@@ -163,7 +168,8 @@ def kept_weight(weight: Tensor, row: Row) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-    return (layer.weight.dequantize() if row.base == "int8" else layer.weight).detach().float()
+    quantised = row.base in ("int8", "float8")
+    return (layer.weight.dequantize() if quantised else layer.weight).detach().float()
 
 
 def bytes_of(model: nn.Module, row: Row) -> dict[str, int]:

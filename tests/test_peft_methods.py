@@ -761,19 +761,20 @@ def test_bitsandbytes_base(method, bits):
 
 
 @every_method
-def test_torchao_base(method):
-    """int8 bases of torchao: trained, merged, unmerged, or refused with a reason."""
-    pytest.importorskip("torchao")
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("Int8WeightOnlyConfig", {"version": 2}), ("Float8WeightOnlyConfig", {})],
+)
+def test_torchao_base(method, kind, options):
+    """int8 and float8 bases of torchao: trained, merged, unmerged, or refused with a reason."""
+    quantization = pytest.importorskip("torchao.quantization")
+    config = getattr(quantization, kind)(**options)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 64))
-    quantize_(base, Int8WeightOnlyConfig(version=2))
+    quantization.quantize_(base, config)
     # What transformers keeps on a model that it loads quantised.
     base.hf_quantizer = SimpleNamespace(
-        quantization_config=SimpleNamespace(
-            get_apply_tensor_subclass=lambda: Int8WeightOnlyConfig(version=2)
-        )
+        quantization_config=SimpleNamespace(get_apply_tensor_subclass=lambda: config)
     )
     x = torch.randn(5, 64)
     expected = base(x)

@@ -329,6 +329,19 @@ def test_rates_must_ascend(tmp_path):
         read_plan(place)
 
 
+def test_records_hold_in_another_checkout(tmp_path):
+    """What a run is does not depend on where the plan lies."""
+    digests = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        place = tmp_path / name / "plan.yaml"
+        place.write_text("tasks: {style: {options: {base: ../model}, methods: [base]}}\n")
+        task = read_plan(place).tasks["style"]
+        assert task.options["base"] == str(tmp_path / "model")
+        digests.append(task.digest)
+    assert digests[0] == digests[1]
+
+
 def test_published_plans_are_valid():
     folder = Path(__file__).parent.parent / "benchmarks" / "quality"
     for place in folder.glob("*.yaml"):

@@ -32,6 +32,7 @@ class PlannedTask:
         options: of the task.
         methods: budgets by the name of the method, in the plan's order.
         seeds: of the runs that count.
+        digest: of kind and options as the plan has them; records of other ones do not count.
     """
 
     name: str
@@ -39,12 +40,7 @@ class PlannedTask:
     options: dict[str, Any]
     methods: dict[str, tuple[int, ...]]
     seeds: tuple[int, ...]
-
-    @property
-    def digest(self) -> str:
-        """What the records of this task must have been made with."""
-        text = json.dumps([self.kind, self.options], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -118,6 +114,8 @@ def _task(where: str, name: str, given: Any, seeds: tuple[int, ...], folder: Pat
     if kind not in TASKS:
         raise UsageError(f"{where}: kind must be one of {', '.join(TASKS)}; got {kind!r}")
     options = dict(given.get("options") or {})
+    text = json.dumps([kind, options], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     if "base" in options:
         options["base"] = str((folder / options["base"]).resolve())
     common = _numbers(f"{where}: budgets", given.get("budgets", [20_000]), int)
@@ -137,7 +135,7 @@ def _task(where: str, name: str, given: Any, seeds: tuple[int, ...], folder: Pat
             own = budgets if budgets is not None else common
             methods[method] = _numbers(f"{where}: methods: {method}", own, int)
     own_seeds = _numbers(f"{where}: seeds", given.get("seeds", seeds), int)
-    return PlannedTask(name, kind, options, methods, own_seeds)
+    return PlannedTask(name, kind, options, methods, own_seeds, digest)
 
 
 def _check_keys(where: str, given: Any, allowed: set[str]) -> None:

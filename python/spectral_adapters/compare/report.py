@@ -390,8 +390,11 @@ def _sheet(task: PlannedTask, results: Sequence[Result], output: Path, images: P
         if place.is_file() and result.budget in (0, budgets[0] if budgets else 0):
             with Image.open(place) as opened:
                 rows.append((_label(result), opened.convert("RGB")))
+    name = f"results_{task.name}_sheet.png"
+    shown = f"![drawings by method](images/{name})\n"
     if not rows:
-        return None
+        # Another checkout has the records and the page, not the single drawings.
+        return shown if (images / name).is_file() else None
     width = max(row.width for _, row in rows)
     height = rows[0][1].height
     page = Image.new("RGB", (190 + width, len(rows) * (height + 4)), "#ffffff")
@@ -400,6 +403,5 @@ def _sheet(task: PlannedTask, results: Sequence[Result], output: Path, images: P
         top = index * (height + 4)
         pen.text((184, top + height // 2), label, "#202020", font, anchor="rm")
         page.paste(row, (190, top))
-    name = f"results_{task.name}_sheet.png"
     save_png(page, images / name)
-    return f"![drawings by method](images/{name})\n"
+    return shown

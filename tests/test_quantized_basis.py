@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("torchao")
-bnb = pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
 
-import torchao.quantization  # noqa: E402
-from peft import PeftModel, get_peft_model  # noqa: E402
+import bitsandbytes as bnb
+import torchao.quantization
+from peft import PeftModel, get_peft_model
 
-from spectral_adapters import SODAConv2d, SODALinear  # noqa: E402
-from spectral_adapters.decomposition import decompose  # noqa: E402
-from spectral_adapters.peft import SODAConfig, absorb, to_lora  # noqa: E402
-from spectral_adapters.quantization import (  # noqa: E402
+from spectral_adapters import SODAConv2d, SODALinear
+from spectral_adapters.decomposition import decompose
+from spectral_adapters.peft import SODAConfig, absorb, to_lora
+from spectral_adapters.quantization import (
     QUANTIZED_DTYPES,
     QuantizedBasis,
     QuantizedMatrix,

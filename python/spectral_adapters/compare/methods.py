@@ -530,7 +530,9 @@ def tune(
         after_step = getattr(tuner, "update_and_allocate", None)
     else:
         inject_adapter_in_model(config, model)
-    model.peft_config = {"default": config}  # type: ignore[assignment]
+    # Where PEFT looks for the config of an injected adapter.
+    bare: Any = model
+    bare.peft_config = {"default": config}
     for key, values in model.named_parameters():
         if method.frozen is not None and method.frozen in key:
             values.requires_grad_(False)

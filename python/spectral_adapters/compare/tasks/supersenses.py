@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,10 +102,10 @@ def glosses(split: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
 class Classifier(nn.Module):
     """MiniLM, the mean of its token states, and a linear layer to the classes."""
 
-    def __init__(self, encoder: nn.Module, classes: int) -> None:
+    def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, classes)  # type: ignore[union-attr,arg-type]
+        self.head = nn.Linear(encoder.config.hidden_size, classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -171,7 +172,7 @@ class Supersenses(Task):
         return padded.to(self.device), mask.to(self.device), labels[list(rows)].to(self.device)
 
     def train(self, tuned: Tuned, rate: float, seed: int, *, final: bool = False) -> Trained:
-        model: Classifier = tuned.model  # type: ignore[assignment]
+        model = cast(Classifier, tuned.model)
         model.head.requires_grad_(True)
         head = {id(values) for values in model.head.parameters()}
         tuned.trained = {n: v for n, v in tuned.trained.items() if id(v) not in head}

@@ -72,7 +72,7 @@ def fill(name: str, dtype: torch.dtype) -> None:
         basis = SpectralBasis(left.roll(number % len(left), 0), values, right)
         basis = in_basis_dtype(basis, dtype, "base")
         fingerprint = spectra.fingerprint_of(layer.weight, FACTORISATION, basis)
-        identity = spectra._identify(layer.weight, FACTORISATION)
+        identity, _ = spectra._look_up(layer.weight, FACTORISATION)
         spectra._keep(identity, spectra.Decomposed(basis, fingerprint), time.time())
 
 

@@ -3,12 +3,14 @@
 import copy
 import json
 import math
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 from spectral_adapters.cli import main
@@ -285,6 +287,51 @@ def test_the_whole_comparison_and_its_report(toy, tmp_path, monkeypatch):
     # Only what is asked for, and nothing is left of it.
     assert main([*arguments, "--methods", "lora", "--budgets", "600"]) == 0
     assert len(read_records(tmp_path / "out")) == len(records)
+
+
+def test_subject_and_style_are_merged_and_lost_changes_trained_again(toy, tmp_path, monkeypatch):
+    merged = []
+
+    def evaluate_merged(self, model):
+        merged.append(copy.deepcopy(model.state_dict()))
+        return {"score": 0.25}
+
+    monkeypatch.setattr(Toy, "evaluate_merged", evaluate_merged, raising=False)
+    for name in ("Subject", "Style"):
+        monkeypatch.setattr(f"spectral_adapters.compare.tasks.style.{name}", Toy)
+    entry = {"kind": "toy", "methods": ["soda"], "budgets": [600], "options": {"best": 0.01}}
+    place = tmp_path / "plan.yaml"
+    place.write_text(yaml.safe_dump({"seeds": [1, 2], "tasks": {"cat": entry, "style": entry}}))
+    plan = read_plan(place)
+    subject, style = plan.tasks.values()
+    cell = cells_of(plan)[0]
+    assert runner.merge_cell(subject, style, cell, tmp_path)  # nothing is there to be merged
+    for one in cells_of(plan):
+        run_cell(one, plan.rates, tmp_path)
+    kept = sorted(tmp_path.glob("changes/*/*"))
+    assert len(kept) == 4
+    assert not runner.merge_cell(subject, style, cell, tmp_path, ends=0.0)
+    assert runner.merge_cell(subject, style, cell, tmp_path)
+    records = [r for r in read_records(tmp_path) if r["kind"] == "merged"]
+    assert [(r["task"], r["seed"], r["scores"]["score"]) for r in records] == [
+        ("cat", 1, 0.25),
+        ("cat", 2, 0.25),
+    ]
+    before = toy["task"].base.state_dict()
+    change = load_file(kept[0])["layers.0.weight"]
+    assert change.abs().max() > 0
+    # Both tasks are the same one here, so that their changes are equal.
+    torch.testing.assert_close(merged[0]["layers.0.weight"], before["layers.0.weight"] + 2 * change)
+
+    (tmp_path / "runs.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in read_records(tmp_path) if r["kind"] != "merged")
+    )
+    shutil.rmtree(tmp_path / "changes" / "style")
+    toy["task"].rates.clear()
+    assert runner.merge_cell(subject, style, cell, tmp_path)
+    assert toy["task"].rates == [(1e-2, 1, False), (1e-2, 2, False)]
+    for first, again in zip(merged[:2], merged[2:], strict=True):
+        torch.testing.assert_close(again, first)
 
 
 def test_records_of_several_processes_and_a_torn_line(tmp_path):

@@ -7,6 +7,7 @@ import pickle
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,16 @@ def assert_same(first, second):
     assert torch.equal(first.fingerprint.to_tensor(), second.fingerprint.to_tensor())
 
 
+def identify(matrix, factorisation):
+    """What names a factorisation, and where it is kept."""
+    return spectra._look_up(matrix, factorisation)[0]
+
+
+def set_last_use(path, seconds):
+    for file in (path, path.with_suffix(".checked")):
+        os.utime(file, (seconds, seconds))
+
+
 def only_file(folder):
     (path,) = folder.glob("*.safetensors")
     return path
@@ -150,8 +161,8 @@ def test_whatever_determines_the_result_is_part_of_the_key(cache, computed):
         (matrix.view(64, 256), SVD),
         (-matrix, SVD),
     ]
-    keys = {spectra._identify(*request).key for request in requests}
-    assert len(keys) == len(requests)
+    names = [identify(*request) for request in requests]
+    assert len({name.key for name in names}) == len({name.path for name in names}) == len(requests)
     for request in requests:
         computed.clear()
         spectra.factorise(*request)
@@ -160,9 +171,10 @@ def test_whatever_determines_the_result_is_part_of_the_key(cache, computed):
 
 
 def test_the_code_s_version_is_part_of_the_key(monkeypatch):
-    before = spectra._identify(weight(), SVD).key
+    before = identify(weight(), SVD)
     monkeypatch.setattr(spectra, "VERSION", spectra.VERSION + 1)
-    assert spectra._identify(weight(), SVD).key != before
+    after = identify(weight(), SVD)
+    assert after.key != before.key and after.path != before.path
 
 
 def test_layout_does_not_matter_but_values_do(computed):
@@ -193,7 +205,34 @@ def test_a_weight_is_hashed_once(monkeypatch):
     spectra.factorise(weight(), SVD)
     assert len(hashed) == 1
     spectra.factorise(weight(), SVD)
-    assert len(hashed) == 2
+    assert len(hashed) == 1
+
+
+def test_names_are_keyed(cache, computed, monkeypatch, tmp_path):
+    """Nobody can make a weight that is taken for another: that needs the cache's own key."""
+    spectra.factorise(weight(), SVD)
+    path, key = only_file(cache), identify(weight(), SVD).key
+    assert path == identify(weight(), SVD).path
+    assert stat.S_IMODE((cache / "secret").stat().st_mode) == 0o600
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    other = identify(weight(), SVD)
+    assert other.path.name != path.name
+    # What processes of a job tell each other does not depend on their caches.
+    assert other.key == key
+    spectra.cache_folder().mkdir(parents=True, exist_ok=True)
+    os.replace(path, other.path)
+    with pytest.warns(RuntimeWarning, match="cannot be used"):
+        spectra.factorise(weight(), SVD)
+
+
+@pytest.mark.parametrize("secret", [b"", b"no number", b"\xff\xfe"])
+def test_a_damaged_key_is_replaced(cache, computed, secret):
+    spectra.factorise(weight(), SVD)
+    (cache / "secret").write_bytes(secret)
+    spectra.factorise(weight(), SVD)
+    computed.clear()
+    spectra.factorise(weight(), SVD)
+    assert not computed
 
 
 def test_every_stand_alone_layer_is_made_from_the_cache(computed):
@@ -264,7 +303,7 @@ def test_entries_that_are_in_use_can_be_removed(cache):
     spectra.factorise(weight(), SVD)
     found = spectra.factorise(weight(), SVD)
     expected = [factor.clone() for factor in found.basis]
-    assert spectra.clear_cache() and not list(cache.iterdir())
+    assert spectra.clear_cache() and not spectra.cache_entries()
     assert all(torch.equal(*pair) for pair in zip(found.basis, expected, strict=True))
 
 
@@ -288,7 +327,7 @@ def test_bad_weights_are_refused_as_without_a_cache(cache):
             spectra.factorise(matrix, SVD)
         with pytest.raises(ValueError, match=message):
             spectra.factorise_all([spectra.Request(lambda matrix=matrix: matrix, SVD)])
-    assert not cache.exists()
+    assert not spectra.cache_entries()
 
 
 # ---- files that are not as they were
@@ -342,7 +381,7 @@ def _other_dtype(path):
 
 def _of_another_weight(path):
     spectra.factorise(weight(seed=1), SVD)
-    other = spectra._path(spectra._identify(weight(seed=1), SVD))
+    other = identify(weight(seed=1), SVD).path
     os.replace(other, path)
 
 
@@ -374,6 +413,37 @@ def test_a_damaged_file_is_not_used_and_replaced(cache, computed, damage):
     assert not computed
 
 
+def test_what_is_noted_as_whole_is_not_read_again(cache, monkeypatch):
+    """Neither by the process that wrote it nor later; whatever happens to the file undoes that."""
+    checked = []
+    original = spectra._seal
+    monkeypatch.setattr(
+        spectra, "_seal", lambda path, *args: checked.append(path) or original(path, *args)
+    )
+    expected = spectra.factorise(weight(), SVD)
+    path = only_file(cache)
+    checked.clear()
+    for _ in range(2):
+        assert_same(spectra.factorise(weight(), SVD), expected)
+    assert not checked
+    os.utime(path)  # as any other change does, if only of its times
+    for _ in range(3):
+        assert_same(spectra.factorise(weight(), SVD), expected)
+    assert checked == [path]
+    path.with_suffix(".checked").write_bytes(b"\xff")
+    for _ in range(3):
+        assert_same(spectra.factorise(weight(), SVD), expected)
+    assert checked == [path] * 2
+    assert spectra.clear_cache() and [file.name for file in cache.iterdir()] == ["secret"]
+
+
+def test_notes_on_nothing_are_swept(cache):
+    spectra.factorise(weight(), SVD)
+    only_file(cache).unlink()
+    spectra.factorise(weight(seed=1), SVD)
+    assert [note.stem for note in cache.glob("*.checked")] == [only_file(cache).stem]
+
+
 def test_a_damaged_file_is_mentioned_once(cache):
     requests = [spectra.Request(lambda: weight(), SVD)]
     spectra.factorise_all(requests)
@@ -385,7 +455,7 @@ def test_a_damaged_file_is_mentioned_once(cache):
 
 
 def test_a_folder_in_place_of_a_file(cache):
-    spectra._path(spectra._identify(weight(), SVD)).mkdir(parents=True)
+    identify(weight(), SVD).path.mkdir(parents=True)
     with pytest.warns(RuntimeWarning):
         spectra.factorise(weight(), SVD)
 
@@ -397,7 +467,7 @@ def _expect_no_cache(cache, match):
     with pytest.warns(RuntimeWarning, match=f"not kept in {re.escape(str(cache))}.*: {match}"):
         found = spectra.factorise(weight(), SVD)
     torch.testing.assert_close((found.basis[0] * found.basis[1]) @ found.basis[2], weight())
-    assert not cache.is_dir() or not list(cache.iterdir())
+    assert not spectra.cache_entries() and not list(cache.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -466,7 +536,7 @@ from spectral_adapters import spectra
 from spectral_adapters.decomposition import WholeFactorisation
 torch.set_num_threads(1)
 spectra.factorise(torch.eye(128) + torch.arange(128.), WholeFactorisation("qr"))
-identity = spectra._identify(torch.eye(256), WholeFactorisation("qr"))
+identity, _ = spectra._look_up(torch.eye(256), WholeFactorisation("qr"))
 made = spectra.factorise(torch.eye(256), WholeFactorisation("qr"))
 print("ready", flush=True)
 while True:
@@ -485,7 +555,7 @@ def test_killed_while_writing(cache, one_thread):
     for matrix in (torch.eye(256), torch.eye(128) + torch.arange(128.0)):
         basis = factorisation(matrix)
         whole = spectra.Decomposed(basis, Fingerprint.of(matrix, basis))
-        expected.append((spectra._identify(matrix, factorisation), whole))
+        expected.append((identify(matrix, factorisation), whole))
     for writer, delay in zip(writers, (0.0, 0.003, 0.007, 0.013), strict=True):
         time.sleep(delay)
         writer.kill()
@@ -493,7 +563,7 @@ def test_killed_while_writing(cache, one_thread):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for identity, whole in expected:
-                assert_same(spectra._read(identity), whole)
+                assert_same(spectra._read(identity.path).decomposed, whole)
     for left_over in cache.glob("*.tmp"):
         os.utime(left_over, (0, 0))
     spectra.factorise(weight(), SVD)
@@ -504,7 +574,7 @@ def test_concurrent_writers_and_readers(cache):
     expected = SVD(weight())
     with ThreadPoolExecutor(8) as pool, warnings.catch_warnings():
         warnings.simplefilter("error")
-        identity = spectra._identify(weight(), SVD)
+        identity = identify(weight(), SVD)
         made = spectra.factorise(weight(), SVD)
         jobs = [pool.submit(spectra._keep, identity, made, 0.0) for _ in range(40)]
         jobs += [pool.submit(spectra.factorise, weight(), SVD) for _ in range(40)]
@@ -519,27 +589,26 @@ def test_concurrent_writers_and_readers(cache):
 
 
 def test_least_recently_used_entries_make_room(cache, monkeypatch):
+    paths = [identify(weight(seed), SVD).path for seed in range(4)]
     for seed in range(3):
         spectra.factorise(weight(seed), SVD)
-        path = spectra._path(spectra._identify(weight(seed), SVD))
-        os.utime(path, (1000 + seed, 1000 + seed))
-    size = path.stat().st_size
+        set_last_use(paths[seed], 1000 + seed)
+    size = paths[0].stat().st_size
     spectra.factorise(weight(0), SVD)  # now the last one used
     spectra.set_cache_limit(3 * size + 100)
     try:
         spectra.factorise(weight(3), SVD)
     finally:
         spectra.set_cache_limit(None)
-    left = {entry.path for entry in spectra.cache_entries()}
-    assert left == {spectra._path(spectra._identify(weight(seed), SVD)) for seed in (0, 2, 3)}
-    assert spectra.cache_entries()[0].path == spectra._path(spectra._identify(weight(2), SVD))
+    left = [entry.path for entry in spectra.cache_entries()]
+    assert left == [paths[seed] for seed in (2, 0, 3)]
 
 
 def test_a_model_that_does_not_fit_keeps_what_fits(cache, computed):
     """Plain least-recently-used would find nothing the next time."""
     spectra.factorise(weight(0), SVD)
     size = only_file(cache).stat().st_size
-    os.utime(only_file(cache), (1000, 1000))
+    set_last_use(only_file(cache), 1000)
     requests = [spectra.Request(lambda seed=seed: weight(seed), SVD) for seed in range(1, 6)]
     spectra.set_cache_limit(3 * size + 100)
     try:
@@ -608,8 +677,8 @@ def test_the_command_line_lists_and_clears(cache, capsys):
     assert capsys.readouterr().out == f"0 entries, 0 GB, of 1 GB in {cache}\n"
     spectra.factorise(weight(dtype=torch.bfloat16), WholeFactorisation("svd", "base"))
     spectra.factorise(weight(rows=200), SVD)
-    old = spectra._path(spectra._identify(weight(rows=200), SVD))
-    os.utime(old, (86400, 86400))
+    old = identify(weight(rows=200), SVD).path
+    set_last_use(old, 86400)
     (cache / "damaged.safetensors").write_text("no")
     assert cli.main(["cache", "list"]) == 0
     first, second, third, total = capsys.readouterr().out.splitlines()

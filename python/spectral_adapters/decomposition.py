@@ -488,10 +488,15 @@ def hash_values(weight: Tensor, dtype: torch.dtype) -> str:
     """SHA-256 of a tensor's shape and of its values as ``dtype``."""
     values = weight.detach().to("cpu", dtype).contiguous()
     digest = hashlib.sha256(repr(tuple(values.shape)).encode())
+    digest.update(octets(values))
+    return digest.hexdigest()
+
+
+def octets(values: Tensor) -> ctypes.Array[ctypes.c_char]:
+    """The memory of a contiguous tensor on the CPU, good for as long as the tensor is."""
     # Not through numpy: it has no bfloat16, and a storage that it has seen cannot be resized, which
     # FSDP2 does to gathered weights.
-    digest.update((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
-    return digest.hexdigest()
+    return (ctypes.c_char * values.nbytes).from_address(values.data_ptr())
 
 
 def _sketch(matrix: Tensor, salt: int) -> Tensor:

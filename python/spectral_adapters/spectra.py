@@ -2,9 +2,11 @@
 on a machine, where they are kept on disk.
 
 A kept factorisation is one safetensors file, named by a hash of the weight's exact values and of
-all that determines the result. Finding it again costs that hash; its tensors are mapped into
-memory, not copied. What cannot be read is computed anew with a warning, and where nothing can be
-written work goes on without.
+all that determines the result. Finding it again costs that hash, which is a fast keyed one; the
+SHA-256 of the weight, which adapters remember, is in the file. Its tensors are mapped into memory,
+not copied; they are checked once after every change of the file, which a note beside it tells. What
+cannot be read is computed anew with a warning, and where nothing can be written work goes on
+without.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +28,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from spectral_adapters import _processes
-from spectral_adapters.decomposition import Factorisation, Fingerprint, hash_values, widened
+from spectral_adapters.decomposition import (
+    Factorisation,
+    Fingerprint,
+    hash_values,
+    octets,
+    widened,
+)
 from spectral_adapters.functional import SpectralBasis
 from spectral_adapters.planner import calibration_file
 
@@ -55,7 +66,12 @@ _HELD_WEIGHTS = 2**30
 #: Seconds after which a temporary file is taken to be that of a process that was killed.
 _ABANDONED = 86400.0
 
+#: Seconds after which a change of a file gets a later time: a tick of Linux's slowest clock.
+_TICK = 0.01
+
 _limit: int | None = None
+
+_secret_lock = threading.Lock()
 
 
 class Decomposed(NamedTuple):
@@ -82,16 +98,18 @@ class _Identity(NamedTuple):
     """What names a factorisation.
 
     Attributes:
-        key: SHA-256, in hexadecimal.
-        weight_hash: of the weight's values in their own dtype.
+        key: SHA-256, in hexadecimal; the same on all machines.
+        weight_hash: SHA-256 of the weight's values in their own dtype.
         about: the weight and the factorisation, for people.
         work: rows x columns x triples.
+        path: the file in the cache; None if the factorisation is not worth one, or the cache off.
     """
 
     key: str
     weight_hash: str
     about: dict[str, str]
     work: float
+    path: Path | None
 
 
 class _LookedUp(NamedTuple):
@@ -128,7 +146,10 @@ def factorise(weight: Tensor, factorisation: Factorisation) -> Decomposed:
     """
     # Tensors made in inference mode could never be used for training later.
     with torch.inference_mode(False):
-        return _provide(weight, factorisation, _identify(weight, factorisation), time.time())
+        identity, found = _look_up(weight, factorisation)
+        if found is not None:
+            return _moved(found, weight.device)
+        return _provide(weight, factorisation, identity, time.time())
 
 
 @torch.no_grad()
@@ -164,8 +185,7 @@ def factorise_all(
         def look_up(request: Request) -> _LookedUp:
             nonlocal kept
             weight = request.weight()
-            identity = _identify(weight, request.factorisation)
-            found = None if identity is None else _read(identity)
+            identity, found = _look_up(weight, request.factorisation)
             keep = found is None and kept + weight.nbytes <= _HELD_WEIGHTS
             kept += weight.nbytes if keep else 0
             return _LookedUp(identity, weight.device, found, weight if keep else None)
@@ -218,19 +238,55 @@ def factorise_all(
         return results
 
 
-def _identify(weight: Tensor, factorisation: Factorisation) -> _Identity | None:
-    """What names the factorisation; None if it is not of the weight, or the weight is no good."""
+def _look_up(
+    weight: Tensor, factorisation: Factorisation
+) -> tuple[_Identity | None, Decomposed | None]:
+    """What names a factorisation, and the factorisation itself if it is in the cache.
+
+    Nothing names it if it is not of the weight, or the weight is no good.
+    """
     if not factorisation.of_weight or weight.is_meta or weight.dim() != 2 or weight.numel() == 0:
-        return None
-    weight_hash = hash_values(weight, weight.dtype)
+        return None, None
     about = {
         "weight": f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}",
         "factorisation": repr(factorisation),
     }
-    key = hashlib.sha256(repr((VERSION, weight_hash, about)).encode()).hexdigest()
     rows, columns = weight.shape
     work = float(rows * columns * factorisation.shapes(rows, columns)["left"][1])
-    return _Identity(key, weight_hash, about, work)
+    path, entry = None, None
+    if work >= _SMALLEST and cache_limit() > 0:
+        path = cache_folder() / f"{_name(weight, about)}.safetensors"
+        entry = _read(path)
+    weight_hash = hash_values(weight, weight.dtype) if entry is None else entry.weight_hash
+    key = hashlib.sha256(repr((VERSION, weight_hash, about)).encode()).hexdigest()
+    identity = _Identity(key, weight_hash, about, work, path)
+    return identity, None if entry is None else entry.decomposed
+
+
+def _name(weight: Tensor, about: dict[str, str]) -> str:
+    """Of an entry: a keyed XXH3 of the weight's values, hashed with all else that determines it."""
+    values = weight.detach().cpu().contiguous()
+    state = xxhash.xxh3_128(seed=_secret())
+    state.update(octets(values))
+    text = repr((VERSION, state.hexdigest(), about))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _secret() -> int:
+    """The key of the entries' names, drawn when the folder of the cache is first used.
+
+    XXH3 is seven times as fast as SHA-256, but who knows its key can make two weights of one hash.
+    """
+    path = cache_folder() / "secret"
+    with _secret_lock:
+        try:
+            return int(path.read_text(), 16) % 2**64
+        except (OSError, ValueError):
+            secret = secrets.randbits(64)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, f"{secret:016x}".encode())
+        return secret
 
 
 @torch.no_grad()
@@ -238,9 +294,9 @@ def _provide(
     weight: Tensor, factorisation: Factorisation, identity: _Identity | None, since: float
 ) -> Decomposed:
     """Read the factorisation, which another process may have made by now, or make and keep it."""
-    found = None if identity is None else _read(identity)
-    if found is not None:
-        return _moved(found, weight.device)
+    entry = None if identity is None or identity.path is None else _read(identity.path)
+    if entry is not None:
+        return _moved(entry.decomposed, weight.device)
     basis = factorisation(weight)
     if identity is None:
         return Decomposed(basis, fingerprint_of(weight, factorisation, basis))
@@ -303,6 +359,11 @@ class CacheEntry:
     path: Path
     size: int
     last_use: float
+
+    def remove(self) -> None:
+        """Remove the file; whoever has it mapped keeps it."""
+        self.path.unlink(missing_ok=True)
+        _note_of(self.path).unlink(missing_ok=True)
 
     def about(self) -> dict[str, str]:
         """``weight`` (dtype and shape) and ``factorisation``; empty if the file is damaged."""
@@ -376,7 +437,7 @@ def clear_cache(unused_days: float = 0.0) -> list[CacheEntry]:
     newest = time.time() - 86400 * unused_days
     removed = [entry for entry in cache_entries() if unused_days == 0 or entry.last_use <= newest]
     for entry in removed:
-        entry.path.unlink(missing_ok=True)
+        entry.remove()
     _sweep()
     return removed
 
@@ -385,33 +446,41 @@ def _files(suffix: str) -> Iterator[CacheEntry]:
     for path in cache_folder().glob(f"*{suffix}"):
         with contextlib.suppress(FileNotFoundError):
             status = path.stat()
-            yield CacheEntry(path, status.st_size, status.st_mtime)
+            last_use = status.st_mtime
+            with contextlib.suppress(OSError):
+                last_use = max(last_use, _note_of(path).stat().st_mtime)
+            yield CacheEntry(path, status.st_size, last_use)
 
 
-def _path(identity: _Identity) -> Path:
-    return cache_folder() / f"{identity.key}.safetensors"
+class _Entry(NamedTuple):
+    """What a file of the cache holds.
+
+    Attributes:
+        weight_hash: SHA-256 of the weight's values in their own dtype.
+        decomposed: the factorisation, on the CPU.
+    """
+
+    weight_hash: str
+    decomposed: Decomposed
 
 
-def _is_kept(identity: _Identity) -> bool:
-    return identity.work >= _SMALLEST and cache_limit() > 0
-
-
-def _read(identity: _Identity) -> Decomposed | None:
-    """The factorisation from its file, on the CPU; None if there is none that is as it was."""
-    if not _is_kept(identity):
-        return None
-    path = _path(identity)
+def _read(path: Path) -> _Entry | None:
+    """An entry from its file; None if there is none that is as it was."""
     try:
+        status = path.stat()
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             # An open file is no dict, and has no other way to be gone through.
             factors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata.get("seal") != _seal(identity, metadata["fingerprint"], factors):
-            raise ValueError("its content is not what was written")
-        packed = torch.frombuffer(bytearray.fromhex(metadata["fingerprint"]), dtype=torch.uint8)
+        weight_hash, fingerprint = metadata["weight_sha256"], metadata["fingerprint"]
+        if not _is_noted(path, status):
+            if metadata["seal"] != _seal(path, weight_hash, fingerprint, factors):
+                raise ValueError("its content is not what was written")
+            _note(path, status)
+        packed = torch.frombuffer(bytearray.fromhex(fingerprint), dtype=torch.uint8)
         basis = SpectralBasis(factors["left"], factors.get("singular_values"), factors["right"])
-        found = Decomposed(basis, Fingerprint.from_tensor(packed))
-    except FileNotFoundError:
+        entry = _Entry(weight_hash, Decomposed(basis, Fingerprint.from_tensor(packed)))
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except _UNREADABLE as error:
         warnings.warn(
@@ -423,26 +492,32 @@ def _read(identity: _Identity) -> Decomposed | None:
             path.unlink()
         return None
     with contextlib.suppress(OSError):
-        _mark_used(path)
-    return found
+        _mark_used(_note_of(path))
+    return entry
 
 
 def _keep(identity: _Identity, made: Decomposed, since: float) -> None:
     """Write a factorisation to its file, or warn; entries used after ``since`` are not removed."""
-    if not _is_kept(identity):
+    if identity.path is None:
         return
     factors = {
         name: factor.cpu() for name, factor in made.basis._asdict().items() if factor is not None
     }
     fingerprint = bytes(made.fingerprint.to_tensor().tolist()).hex()
-    seal = _seal(identity, fingerprint, factors)
-    data = save(factors, {**identity.about, "fingerprint": fingerprint, "seal": seal})
+    metadata = {
+        **identity.about,
+        "weight_sha256": identity.weight_hash,
+        "fingerprint": fingerprint,
+        "seal": _seal(identity.path, identity.weight_hash, fingerprint, factors),
+    }
+    data = save(factors, metadata)
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = _make_room(len(data), since)
         if reason is None:
-            _replace(_path(identity), data)
+            _replace(identity.path, data)
+            _note(identity.path, identity.path.stat())
     except OSError as error:
         reason = f"{error.strerror or error}"
     if reason is not None:
@@ -453,14 +528,18 @@ def _keep(identity: _Identity, made: Decomposed, since: float) -> None:
         )
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file; whoever reads it sees the old file or the whole new one."""
+def _replace(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write a file; whoever reads it sees the old file or the whole new one.
+
+    ``durable``: even after the power fails in between.
+    """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         _mark_used(name)
         os.replace(name, path)
     except BaseException:
@@ -489,7 +568,7 @@ def _make_room(size: int, since: float) -> str | None:
     for entry in entries:
         if excess <= 0 or entry.last_use >= since:
             break
-        entry.path.unlink(missing_ok=True)
+        entry.remove()
         excess -= entry.size
     if excess <= 0:
         return None
@@ -500,22 +579,53 @@ def _make_room(size: int, since: float) -> str | None:
 
 
 def _sweep() -> None:
-    """Remove the temporary files of processes that were killed."""
+    """Remove the temporary files of processes that were killed, and notes on nothing."""
     for entry in _files(".tmp"):
         if entry.last_use < time.time() - _ABANDONED:
             entry.path.unlink(missing_ok=True)
+    for note in cache_folder().glob("*.checked"):
+        if not note.with_suffix(".safetensors").exists():
+            note.unlink(missing_ok=True)
 
 
-def _seal(identity: _Identity, fingerprint: str, factors: dict[str, Tensor]) -> str:
-    """What tells a damaged or foreign file: a hash of the key and of sums over the tensors' words.
+def _note_of(path: Path) -> Path:
+    return path.with_suffix(".checked")
+
+
+def _moment(status: os.stat_result) -> str:
+    """What changes whenever a file is written to, moved or replaced."""
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
+
+
+def _is_noted(path: Path, status: os.stat_result) -> bool:
+    """Whether an entry is untouched since it was found whole."""
+    try:
+        return _note_of(path).read_text() == _moment(status)
+    except (OSError, ValueError):
+        return False
+
+
+def _note(path: Path, status: os.stat_result) -> None:
+    """Note that an entry is whole, as of its ``status``; nothing happens where that cannot be.
+
+    Waits until whatever happens to the file afterwards gives it another time.
+    """
+    time.sleep(min(max(0.0, status.st_ctime + _TICK - time.time()), _TICK))
+    with contextlib.suppress(OSError):
+        _replace(_note_of(path), _moment(status).encode(), durable=False)
+
+
+def _seal(path: Path, weight_hash: str, fingerprint: str, factors: dict[str, Tensor]) -> str:
+    """What tells a damaged or foreign file: a hash of its name and of sums over the tensors' words.
 
     Reading the words is all that it costs, ten times less than a hash of them.
     """
     sums = []
     for name in sorted(factors):
         factor = factors[name]
-        octets = factor.reshape(-1).view(torch.uint8)
-        whole = len(octets) // 8 * 8
-        words, rest = octets[:whole].view(torch.int64), octets[whole:]
+        content = factor.reshape(-1).view(torch.uint8)
+        whole = len(content) // 8 * 8
+        words, rest = content[:whole].view(torch.int64), content[whole:]
         sums.append((name, str(factor.dtype), list(factor.shape), int(words.sum() + rest.sum())))
-    return hashlib.sha256(repr((identity.key, fingerprint, sums)).encode()).hexdigest()
+    text = repr((path.name, weight_hash, fingerprint, sums))
+    return hashlib.sha256(text.encode()).hexdigest()

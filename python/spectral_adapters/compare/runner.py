@@ -112,9 +112,9 @@ def compare(
         if plan.merge is not None and finished:
             subject, style = plan.tasks[plan.merge["subject"]], plan.tasks[plan.merge["style"]]
             pairs = [c for c in cells if c.task is subject and c.method not in (BASE, FULL)]
-            merging = [pool.submit(merge_cell, subject, style, c, output) for c in pairs]
-            for merged in merging:
-                merged.result()
+            merging = [pool.submit(merge_cell, subject, style, c, output, ends) for c in pairs]
+            for job in as_completed(merging):
+                finished &= job.result()
     if plan.cost is not None and finished:
         finished &= _costs(plan, output, ends, only, say)
     return finished
@@ -299,10 +299,13 @@ def _keep_changes(task: Task, cell: Cell, model: nn.Module, seed: int, output: P
 
     if output is None or not isinstance(task, (Style, Subject)) or cell.method == FULL:
         return
-    folder = output / "changes" / cell.task.name
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"{cell.method}-{cell.budget}-{seed}.safetensors"
+    place = _changes_place(cell, seed, output)
+    place.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(place, weight_changes(model, task.base))
+
+
+def _changes_place(cell: Cell, seed: int, output: Path) -> Path:
+    return output / "changes" / cell.task.name / f"{cell.method}-{cell.budget}-{seed}.safetensors"
 
 
 def _costs(
@@ -387,30 +390,60 @@ def versions() -> dict[str, str]:
     }
 
 
-def merge_cell(subject: PlannedTask, style: PlannedTask, cell: Cell, output: Path) -> int:
+def merge_cell(
+    subject: PlannedTask,
+    style: PlannedTask,
+    cell: Cell,
+    output: Path,
+    ends: float = math.inf,
+) -> bool:
     """Subject and style in one model, ``W0 + dW_subject + dW_style``, once for every seed.
 
+    A change of the weights that was not kept is trained again, as it is on record.
+
     Returns:
-        How many were measured now.
+        Whether all that can be measured is on record now; nothing can where the style has no run.
     """
     from safetensors.torch import load_file
 
     from spectral_adapters.compare.tasks.style import Subject, with_changes
 
     state = latest(read_records(output))
-    measured = 0
     for seed in subject.seeds:
         record = _record(cell, "merged", None, seed)
-        places = [
-            output / "changes" / task.name / f"{cell.method}-{cell.budget}-{seed}.safetensors"
+        if key_of(record) in state:
+            continue
+        runs = [
+            next((r for r in state.values() if _is_final(r, task, cell, seed)), None)
             for task in (subject, style)
         ]
-        if key_of(record) in state or not all(place.is_file() for place in places):
+        if any(run is None or run["diverged"] for run in runs):
             continue
-        task = load_task(subject)
-        assert isinstance(task, Subject)
-        model = with_changes(task.base, *(load_file(place) for place in places)).eval()
-        scores = _rounded(task.evaluate_merged(model))
+        places = []
+        for task, run in zip((subject, style), runs, strict=True):
+            if time.time() >= ends:
+                return False
+            places.append(_changes_of(Cell(task, cell.method, cell.budget), run, output))
+        held = load_task(subject)
+        assert isinstance(held, Subject)
+        model = with_changes(held.base, *(load_file(place) for place in places)).eval()
+        scores = _rounded(held.evaluate_merged(model))
         append_record(output, {**record, "split": "test", "scores": scores})
-        measured += 1
-    return measured
+    return True
+
+
+def _is_final(record: Record, task: PlannedTask, cell: Cell, seed: int) -> bool:
+    wanted = _record(Cell(task, cell.method, cell.budget), "final", record.get("rate"), seed)
+    return record.get("trained") is not None and key_of(wanted) == key_of(record)
+
+
+def _changes_of(cell: Cell, run: Record, output: Path) -> Path:
+    """Where the change of the weights is that a run came to."""
+    place = _changes_place(cell, run["seed"], output)
+    if not place.is_file():
+        task = load_task(cell.task)
+        tuned = prepare(task, cell.method, cell.budget, run["seed"])
+        assert tuned is not None
+        task.train(tuned, run["rate"], run["seed"])
+        _keep_changes(task, cell, tuned.model, run["seed"], output)
+    return place

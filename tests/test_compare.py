@@ -6,10 +6,12 @@ import math
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from peft.tuners.adalora import AdaLoraModel
 from safetensors.torch import load_file
 from torch import nn
 
@@ -151,6 +153,29 @@ def test_per_layer_sizes_come_within_two_per_cent(name):
 def test_what_a_method_cannot_reach_is_none():
     assert fit_budget(METHODS["svdiff"], SHAPES, 100_000) is None
     assert tune(Net(), "svdiff", SHAPES, 100_000, Schedule(10, 0)) is None
+
+
+def test_adalora_s_penalty_is_that_of_peft():
+    """PEFT adds it to the loss that a model returns."""
+
+    class Losing(Net):
+        def forward(self, x):
+            return SimpleNamespace(loss=super().forward(x).square().mean())
+
+    tuned = tune(Losing(), "adalora", SHAPES, 2500, Schedule(100, 0))
+    x = torch.randn(4, 48)
+    for values in tuned.trained.values():
+        nn.init.normal_(values.data, std=0.2)
+    tuner = AdaLoraModel.__new__(AdaLoraModel)
+    nn.Module.__init__(tuner)
+    tuner.model, tuner.peft_config = tuned.model, tuned.model.peft_config
+    tuner.trainable_adapter_name = "default"
+    expected = tuner.forward(x).loss - tuned.model(x).loss
+    torch.testing.assert_close(tuned.penalty(), expected, rtol=1e-5, atol=1e-6)
+    assert tune(Net(), "lora", SHAPES, 2500, Schedule(100, 0)).penalty is None
+    trained = fit(tuned, lambda step: tuned.model(x).loss * 0, 3, 1e-3)
+    assert not trained.diverged and trained.losses == [0.0] * 3
+    assert tuned.penalty() < expected
 
 
 def test_an_adapter_of_another_size_than_chosen_is_an_error(monkeypatch):

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -468,6 +469,7 @@ class Tuned:
         sizes: how the budget was spent; None for full fine-tuning.
         method: None for full fine-tuning.
         after_step: to be called with the number of steps taken, after each.
+        penalty: to be added to the loss.
     """
 
     model: nn.Module
@@ -475,6 +477,7 @@ class Tuned:
     sizes: Sizes | None
     method: Method | None
     after_step: Callable[[int], None] | None = None
+    penalty: Callable[[], Tensor] | None = None
 
     @property
     def count(self) -> int:
@@ -500,6 +503,21 @@ class Tuned:
             if stiefel:
                 groups[-1]["manifold"] = False
         return StiefelAdam(groups) if stiefel else torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def orthogonality(trained: Mapping[str, Tensor], weight: float) -> Tensor:
+    """AdaLoRA's penalty as PEFT has it, which adds it in models that return their loss themselves.
+
+    ``weight`` times the mean of ``|A A^T - I|`` and ``|B^T B - I|`` (Frobenius) over all A
+    [r, in] and B [out, r] (Zhang et al. 2023, equation 4, has squares and a sum).
+    """
+    products = [
+        values @ values.mT if "lora_A" in name else values.mT @ values
+        for name, values in trained.items()
+        if "lora_A" in name or "lora_B" in name
+    ]
+    norms = [torch.linalg.norm(p - torch.eye(len(p), device=p.device)) for p in products]
+    return weight * torch.stack(norms).mean()
 
 
 #: Methods that PEFT does not inject without their model class: it keeps state that layers share.
@@ -539,7 +557,8 @@ def tune(
         elif values.requires_grad:
             values.data = values.data.float()
     trained = {key: values for key, values in model.named_parameters() if values.requires_grad}
-    tuned = Tuned(model, trained, sizes, method, after_step)
+    penalty = partial(orthogonality, trained, config.orth_reg_weight) if name == "adalora" else None
+    tuned = Tuned(model, trained, sizes, method, after_step, penalty)
     if tuned.count != sizes.trained:
         raise RuntimeError(f"{name}: {sizes.trained} numbers were to be trained; {tuned.count} are")
     return tuned

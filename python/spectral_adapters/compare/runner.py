@@ -113,8 +113,8 @@ def compare(
             subject, style = plan.tasks[plan.merge["subject"]], plan.tasks[plan.merge["style"]]
             pairs = [c for c in cells if c.task is subject and c.method not in (BASE, FULL)]
             merging = [pool.submit(merge_cell, subject, style, c, output, ends) for c in pairs]
-            for job in as_completed(merging):
-                finished &= job.result()
+            merged = [job.result() for job in merging]
+            finished = all(merged)
     if plan.cost is not None and finished:
         finished &= _costs(plan, output, ends, only, say)
     return finished
@@ -413,17 +413,18 @@ def merge_cell(
         record = _record(cell, "merged", None, seed)
         if key_of(record) in state:
             continue
-        runs = [
-            next((r for r in state.values() if _is_final(r, task, cell, seed)), None)
-            for task in (subject, style)
-        ]
-        if any(run is None or run["diverged"] for run in runs):
+        runs = []
+        for task in (subject, style):
+            run = next((r for r in state.values() if _is_final(r, task, cell, seed)), None)
+            if run is not None and not run["diverged"]:
+                runs.append((Cell(task, cell.method, cell.budget), run))
+        if len(runs) < 2:
             continue
         places = []
-        for task, run in zip((subject, style), runs, strict=True):
+        for trained, run in runs:
             if time.time() >= ends:
                 return False
-            places.append(_changes_of(Cell(task, cell.method, cell.budget), run, output))
+            places.append(_changes_of(trained, run, output))
         held = load_task(subject)
         assert isinstance(held, Subject)
         model = with_changes(held.base, *(load_file(place) for place in places)).eval()

@@ -155,7 +155,8 @@ def fit(
     for step in range(steps):
         began = time.perf_counter()
         loss = loss_of(step)
-        loss.backward()
+        penalty = 0.0 if tuned.penalty is None else tuned.penalty()
+        (loss + penalty).backward()
         norm = nn.utils.clip_grad_norm_(everything, max_norm)
         if not bool(torch.isfinite(norm)) or not bool(torch.isfinite(loss)):
             diverged = True

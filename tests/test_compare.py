@@ -354,7 +354,7 @@ def test_subject_and_style_are_merged_and_lost_changes_trained_again(toy, tmp_pa
     shutil.rmtree(tmp_path / "changes" / "style")
     toy["task"].rates.clear()
     assert runner.merge_cell(subject, style, cell, tmp_path)
-    assert toy["task"].rates == [(1e-2, 1, False), (1e-2, 2, False)]
+    assert toy["task"].rates == [(1e-2, 1, True), (1e-2, 2, True)]
     for first, again in zip(merged[:2], merged[2:], strict=True):
         torch.testing.assert_close(again, first)
 

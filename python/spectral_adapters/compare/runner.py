@@ -445,6 +445,6 @@ def _changes_of(cell: Cell, run: Record, output: Path) -> Path:
         task = load_task(cell.task)
         tuned = prepare(task, cell.method, cell.budget, run["seed"])
         assert tuned is not None
-        task.train(tuned, run["rate"], run["seed"])
+        task.train(tuned, run["rate"], run["seed"], final=True)
         _keep_changes(task, cell, tuned.model, run["seed"], output)
     return place

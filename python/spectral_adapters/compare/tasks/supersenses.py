@@ -178,14 +178,12 @@ class Supersenses(Task):
         tuned.trained = {n: v for n, v in tuned.trained.items() if id(v) not in head}
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        rows: list[int] = []
+        batches: list[list[int]] = []
 
         def loss_of(step: int) -> Tensor:
-            nonlocal rows
-            if len(rows) < self.batch_size:
-                rows = torch.randperm(len(self.data["train"][1]), generator=generator).tolist()
-            batch, rows = rows[: self.batch_size], rows[self.batch_size :]
-            tokens, mask, labels = self._batch("train", batch)
+            nonlocal batches
+            batches = batches or self._epoch(generator)
+            tokens, mask, labels = self._batch("train", batches.pop())
             return cross_entropy(model(tokens, mask), labels)
 
         points = {self.steps * part // 8 for part in (1, 2, 4, 6)}
@@ -198,6 +196,19 @@ class Supersenses(Task):
             other_rate=self.head_rate,
             watch={step: lambda: self.evaluate(model, "dev") for step in points} if final else None,
         )
+
+    def _epoch(self, generator: torch.Generator) -> list[list[int]]:
+        """Full batches of all examples in a random order, those of one batch of similar length.
+
+        Sorted by length are sixteen batches at a time, so that half as much padding is computed.
+        """
+        lengths = torch.tensor([len(ids) for ids in self.data["train"][0]])
+        order = torch.randperm(len(lengths), generator=generator)
+        parts = [part[lengths[part].argsort()] for part in order.split(16 * self.batch_size)]
+        batches = [batch.tolist() for part in parts for batch in part.split(self.batch_size)]
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        places = torch.randperm(len(full), generator=generator).tolist()
+        return [full[place] for place in places]
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:

@@ -478,8 +478,30 @@ def test_supersenses_are_learned(glosses):
     head = sum(p.numel() for p in tuned.model.head.parameters())
     assert head == 385 * 21
     assert sum(p.numel() for p in tuned.trained.values()) == tuned.sizes.trained
+    reference = task.reference()
+    assert task.evaluate(reference, "test")["loss"] < base["loss"] - 0.5
+    untouched = dict(task.base.named_parameters())
+    changed = {n for n, v in reference.named_parameters() if not torch.equal(v, untouched[n])}
+    assert changed == {"head.weight", "head.bias"}
     with pytest.raises(ValueError, match="train_size must be from 21 to 126"):
         supersenses.Supersenses(train_size=1000)
+
+
+def test_batches_hold_every_example_once_and_little_padding():
+    task = supersenses.Supersenses.__new__(supersenses.Supersenses)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 40, (1003,), generator=generator).tolist()
+    task.batch_size, task.data = 8, {"train": ([[1] * n for n in lengths], None)}
+    first, second = task._epoch(generator), task._epoch(generator)
+    for batches in (first, second):
+        rows = [row for batch in batches for row in batch]
+        assert {len(batch) for batch in batches} == {8}
+        assert len(set(rows)) == len(rows) == 1000
+        computed = sum(8 * max(lengths[row] for row in batch) for batch in batches)
+        assert computed < 1.2 * sum(lengths)
+    assert sorted(map(tuple, first)) != sorted(map(tuple, second))
+    starts = [min(lengths[row] for row in batch) for batch in first[:16]]
+    assert starts != sorted(starts)
 
 
 def test_style_is_trained_and_measured():

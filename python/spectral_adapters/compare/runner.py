@@ -242,7 +242,7 @@ def run_once(
     split = "dev" if kind == "sweep" else "test"
     began = time.perf_counter()
     if cell.method == BASE:
-        model = task.fresh().eval()
+        model = task.reference()
         scores = task.evaluate(model, split)
         _keep_pictures(task, cell, model, output)
         return {"trained": 0, "split": split, "scores": _rounded(scores)}

@@ -75,6 +75,10 @@ class Task(ABC):
     def fresh(self) -> nn.Module:
         """The base model that is adapted, a copy for one run."""
 
+    def reference(self) -> nn.Module:
+        """The base model as it is measured beside the adapters."""
+        return self.fresh().eval()
+
     @abstractmethod
     def shapes(self) -> dict[str, Shape]:
         """The layers that are adapted: [out, in] of their weights by name in the model."""

@@ -160,6 +160,12 @@ class Supersenses(Task):
     def fresh(self) -> Classifier:
         return copy.deepcopy(self.base)
 
+    def reference(self) -> Classifier:
+        """The base model under a head that was trained alone, as it is beside the adapters."""
+        model = self.fresh().requires_grad_(False)
+        self.train(Tuned(model, {}, None, None), 0.0, seed=0)
+        return model
+
     def shapes(self) -> dict[str, Shape]:
         return linear_shapes(self.base, self.targets)
 

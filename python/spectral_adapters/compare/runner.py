@@ -173,7 +173,7 @@ class _Cell:
         parent = multiprocessing.parent_process()
         if time.time() >= self.ends or (parent is not None and not parent.is_alive()):
             return None
-        record.update(run_once(cell, kind, rate, seed, self.output))
+        record.update(run_folds(cell, kind, rate, seed, self.output))
         append_record(self.output, record)
         self.done[key_of(record)] = record
         self.runs += 1
@@ -232,6 +232,22 @@ def _worth(task: PlannedTask, record: Record) -> float:
 def prepare(task: Task, method: str, budget: int, seed: int) -> Tuned | None:
     """A fresh base model with a method's adapter; None if the method has no such size."""
     return tune(task.fresh(), method, task.shapes(), budget, Schedule(task.steps, seed))
+
+
+def run_folds(
+    cell: Cell, kind: str, rate: float | None, seed: int, output: Path | None = None
+) -> Record:
+    """:func:`run_once`; for the choice of a rate the mean over the folds that the task has."""
+    task = load_task(cell.task)
+    found = []
+    for fold in range(task.folds if kind == "sweep" else 1):
+        task.fold = fold
+        found.append(run_once(cell, kind, rate, seed, output))
+        if found[-1]["trained"] is None or found[-1].get("diverged"):
+            return found[-1]
+    scores = [record["scores"] for record in found]
+    means = {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
+    return {**found[0], "scores": _rounded(means)}
 
 
 def run_once(

@@ -62,6 +62,7 @@ class Task(ABC):
 
     Attributes:
         steps: of training.
+        fold: of the runs that choose a learning rate, which of ``folds`` is held out.
     """
 
     title: ClassVar[str]
@@ -69,7 +70,12 @@ class Task(ABC):
     #: The first is the one that learning rates are chosen by.
     metrics: ClassVar[tuple[Metric, ...]]
 
+    #: Where the development split is a part of what is learned from: how many such parts there
+    #: are. A rate is chosen by the mean over all of them.
+    folds: ClassVar[int] = 1
+
     steps: int
+    fold: int = 0
 
     @abstractmethod
     def fresh(self) -> nn.Module:

@@ -273,7 +273,7 @@ def run_once(
     if kind == "final" and seed == cell.task.seeds[0] and not trained.diverged:
         _keep_pictures(task, cell, tuned.model, output)
     if kind == "final" and not trained.diverged:
-        _keep_changes(task, cell, tuned.model, seed, output)
+        _keep_changes(task, cell, tuned.model, rate, seed, output)
     return {
         "trained": tuned.count,
         "layers": None if tuned.sizes is None else len(tuned.sizes.layers),
@@ -308,20 +308,23 @@ def _keep_pictures(task: Task, cell: Cell, model: nn.Module, output: Path | None
     Image.fromarray(row.cpu().numpy()).save(folder / f"{cell.method}-{cell.budget}.png")
 
 
-def _keep_changes(task: Task, cell: Cell, model: nn.Module, seed: int, output: Path | None) -> None:
+def _keep_changes(
+    task: Task, cell: Cell, model: nn.Module, rate: float, seed: int, output: Path | None
+) -> None:
     """Keep what was learned of pictures, for subject and style in one model."""
     from spectral_adapters._files import save_tensors
     from spectral_adapters.compare.tasks.style import Style, Subject, weight_changes
 
     if output is None or not isinstance(task, (Style, Subject)) or cell.method == FULL:
         return
-    place = _changes_place(cell, seed, output)
+    place = _changes_place(cell, rate, seed, output)
     place.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(place, weight_changes(model, task.base))
 
 
-def _changes_place(cell: Cell, seed: int, output: Path) -> Path:
-    return output / "changes" / cell.task.name / f"{cell.method}-{cell.budget}-{seed}.safetensors"
+def _changes_place(cell: Cell, rate: float, seed: int, output: Path) -> Path:
+    run = f"{cell.method}-{cell.budget}-{seed}-{rate:g}-{cell.task.digest}"
+    return output / "changes" / cell.task.name / f"{run}.safetensors"
 
 
 def _costs(
@@ -456,11 +459,11 @@ def _is_final(record: Record, task: PlannedTask, cell: Cell, seed: int) -> bool:
 
 def _changes_of(cell: Cell, run: Record, output: Path) -> Path:
     """Where the change of the weights is that a run came to."""
-    place = _changes_place(cell, run["seed"], output)
+    place = _changes_place(cell, run["rate"], run["seed"], output)
     if not place.is_file():
         task = load_task(cell.task)
         tuned = prepare(task, cell.method, cell.budget, run["seed"])
         assert tuned is not None
         task.train(tuned, run["rate"], run["seed"], final=True)
-        _keep_changes(task, cell, tuned.model, run["seed"], output)
+        _keep_changes(task, cell, tuned.model, run["rate"], run["seed"], output)
     return place

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from peft.tuners.adalora import AdaLoraModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -324,6 +325,8 @@ def test_the_whole_comparison_and_its_report(toy, tmp_path, monkeypatch):
     assert "## Cost" in text
     for name in ("budgets", "curves", "sheet"):
         assert (report.parent / "images" / f"results_toy_{name}.png").stat().st_size > 1000
+    with Image.open(report.parent / "images" / "results_toy_sheet.png") as sheet:
+        assert sheet.height == 4 * (8 + 4)  # one row for each method, at one budget
     rows = (tmp_path / "out" / "results.csv").read_text().splitlines()
     assert rows[0].startswith("task,method,budget,trained")
     assert len(rows) > 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -377,19 +378,26 @@ def _curve_plot(results: Sequence[Result], metric: Metric, budget: int | None, p
 
 
 def _sheet(task: PlannedTask, results: Sequence[Result], output: Path, images: Path) -> str | None:
-    """The rows of pictures that the runs kept, one below the other; None if there are none."""
+    """The rows of pictures that the runs kept, one below the other; None if there are none.
+
+    At the budget that most methods have; methods without it at their largest, which is named.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     from spectral_adapters.personalize.report import save_png
 
     folder = output / "sheets" / task.name
-    budgets = sorted({r.budget for r in results if r.budget})
+    cells = {(r.method, r.budget): folder / f"{r.method}-{r.budget}.png" for r in results}
+    kept = {cell: place for cell, place in cells.items() if place.is_file()}
+    common = Counter(budget for _, budget in kept if budget).most_common(1)
+    usual = common[0][0] if common else 0
     rows = []
-    for result in results:
-        place = folder / f"{result.method}-{result.budget}.png"
-        if place.is_file() and result.budget in (0, budgets[0] if budgets else 0):
-            with Image.open(place) as opened:
-                rows.append((_label(result), opened.convert("RGB")))
+    for method in dict.fromkeys(method for method, _ in kept):
+        own = [budget for name, budget in kept if name == method]
+        budget = usual if usual in own else max(own)
+        label = LABELS[method] if budget in (0, usual) else f"{LABELS[method]}, {budget:,}"
+        with Image.open(kept[method, budget]) as opened:
+            rows.append((label, opened.convert("RGB")))
     name = f"results_{task.name}_sheet.png"
     shown = f"![drawings by method](images/{name})\n"
     if not rows:

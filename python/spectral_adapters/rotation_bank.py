@@ -228,11 +228,12 @@ class RotationBank:
         self._accumulation_steps = value
 
     @classmethod
-    def attach(cls, model: nn.Module, **options: Any) -> RotationBank:
+    def attach(cls, model: nn.Module, *wrappers: nn.Module, **options: Any) -> RotationBank:
         """Give a model a bank; one that it or a part of it has already is kept, with these options.
 
         Args:
             model: its ``forward`` is what a bank works during.
+            wrappers: modules around the model, during whose ``forward`` it works too.
             options: of :class:`RotationBank`.
 
         Raises:
@@ -247,7 +248,7 @@ class RotationBank:
             now = {"keep": bank.keep, "accumulation_steps": bank.accumulation_steps}
             fresh = cls(**{**now, **options})
             bank.accumulation_steps, bank.keep = fresh.accumulation_steps, fresh.keep
-        bank.add_root(model)
+        bank.add_roots(model, *wrappers)
         return bank
 
     @staticmethod
@@ -259,12 +260,13 @@ class RotationBank:
                 return bank
         return None
 
-    def add_root(self, model: nn.Module) -> None:
-        """Work during the forward of ``model`` too, which holds layers of this bank."""
-        if _bank_at(model) is not self:
-            model.register_forward_pre_hook(self._before)
-            model.register_forward_hook(self._after, always_call=True)
-            self._roots.append(weakref.ref(model))
+    def add_roots(self, *models: nn.Module) -> None:
+        """Work during the forward of these too, which hold layers of this bank."""
+        for model in models:
+            if _bank_at(model) is not self:
+                model.register_forward_pre_hook(self._before)
+                model.register_forward_hook(self._after, always_call=True)
+                self._roots.append(weakref.ref(model))
         self._scan()
 
     def detach(self, model: nn.Module) -> None:

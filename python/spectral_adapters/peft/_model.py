@@ -76,7 +76,7 @@ class SpectralModel(BaseTuner):
         prepare(layers, adapter_name)
         if any(isinstance(layer, RotatedLayer) for layer in layers):
             # PEFT's own wrapper calls the model's forward past its hooks.
-            RotationBank.attach(model).add_root(self)
+            RotationBank.attach(model, self)
         config: Any = self.peft_config[adapter_name]
         for option in self.pattern_options:
             warn_of_unused_patterns(option, getattr(config, option), model, adapter_name)
@@ -433,8 +433,10 @@ def warn_of_unused_patterns(
     argument: str, patterns: Mapping[str, Any] | None, model: nn.Module, adapter_name: str
 ) -> None:
     """Warn of patterns of a config that match none of the adapted modules."""
+    if not patterns:
+        return
     names = [layer.name for layer in adapted_layers(model, adapter_name)]
-    for pattern in patterns or ():
+    for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
             warnings.warn(
                 f"{argument} has the key {pattern!r}, which matches no adapted module",

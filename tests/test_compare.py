@@ -3,7 +3,12 @@
 import copy
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -336,6 +341,41 @@ def test_the_whole_comparison_and_its_report(toy, tmp_path, monkeypatch):
     # Only what is asked for, and nothing is left of it.
     assert main([*arguments, "--methods", "lora", "--budgets", "600"]) == 0
     assert len(read_records(tmp_path / "out")) == len(records)
+
+
+PARENT = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from spectral_adapters.compare.runner import _start_worker
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _start_worker, (1,)) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600)
+        time.sleep(600)
+"""
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)  # it is there
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.kill(worker, 0)
+            if "\nState:\tZ" in Path(f"/proc/{worker}/status").read_text():
+                return  # ended, and not yet collected by its new parent
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker went on")
 
 
 def test_subject_and_style_are_merged_and_lost_changes_trained_again(toy, tmp_path, monkeypatch):

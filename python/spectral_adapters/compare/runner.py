@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -122,12 +123,21 @@ def compare(
 
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import diffusers.utils.logging
     import transformers.utils.logging
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has been killed, and nobody waits for it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @cache
@@ -163,15 +173,13 @@ class _Cell:
         self.runs = 0
 
     def run(self, kind: str, rate: float | None, seed: int) -> Record | None:
-        """The record of a run, made now if need be; None if there is no time left for it, or
-        nobody who waits for it."""
+        """The record of a run, made now if need be; None if there is no time left for it."""
         cell = self.cell
         record = _record(cell, kind, rate, seed)
         found = self.done.get(key_of(record))
         if found is not None:
             return found
-        parent = multiprocessing.parent_process()
-        if time.time() >= self.ends or (parent is not None and not parent.is_alive()):
+        if time.time() >= self.ends:
             return None
         record.update(run_folds(cell, kind, rate, seed, self.output))
         append_record(self.output, record)

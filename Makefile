@@ -14,7 +14,7 @@ help:
 	@echo "make demo     learn a drawing style from five pictures (sets itself up)"
 	@echo "make test     run the whole test suite (sets itself up)"
 	@echo "make check    lint, types and the fast tests"
-	@echo "make quality  compare the methods at equal budgets on real data (an hour; can be interrupted)"
+	@echo "make quality  compare the methods at equal budgets on real data (about an hour; can be interrupted)"
 	@echo "make bench    time SODALinear and the Cayley transform against their rivals"
 
 # Dependencies: pinned, so that a target means the same tomorrow. The text encoder of the demo would pull

@@ -245,7 +245,10 @@ def prepare(task: Task, method: str, budget: int, seed: int) -> Tuned | None:
 def run_folds(
     cell: Cell, kind: str, rate: float | None, seed: int, output: Path | None = None
 ) -> Record:
-    """:func:`run_once`; for the choice of a rate the mean over the folds that the task has."""
+    """:func:`run_once`; for the choice of a rate once for every fold that the task has.
+
+    The scores are then means over the folds; all else that is recorded is of the first one.
+    """
     task = load_task(cell.task)
     found = []
     for fold in range(task.folds if kind == "sweep" else 1):

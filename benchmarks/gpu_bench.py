@@ -35,11 +35,13 @@ from measure import WRONG, measure
 from providers import (
     CAYLEY_PROVIDERS,
     LOW_RANK_PROVIDERS,
+    PLAIN,
     SODA_PROVIDERS,
     CayleyCase,
     LowRankCase,
     SODACase,
     Unavailable,
+    in_cuda_graphs,
 )
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -355,6 +357,12 @@ def kernels(device: str, smoke: bool) -> Iterator[Entry]:
         yield make(1024, (128, 128), torch.bfloat16, device)
 
 
+#: What is timed as a CUDA graph too; what waits for the device cannot be recorded.
+SODA_GRAPHS = (
+    *("ours auto", "ours factored", "ours merged", "ours tokens", *PLAIN),
+    *("PEFT LoRA r=8", "PEFT OFT b=32", "GEMMs factored", "GEMMs merged", "frozen linear"),
+)
+
 Steps = Iterator[tuple[dict[str, Callable[[Any], Any]], Any]]
 
 
@@ -367,15 +375,17 @@ def soda_linear(device: str, smoke: bool) -> Steps:
         *(SODACase(2048, tokens, device, "bfloat16") for tokens in (1024, 4096, 8192)),
         SODACase(640, 4096, device, "bfloat16"),
     ]
+    graphs = {name: SODA_PROVIDERS[name] for name in SODA_GRAPHS}
     for case in [SODACase(32, 16, device, "bfloat16")] if smoke else cases:
-        yield SODA_PROVIDERS, case
+        yield SODA_PROVIDERS | in_cuda_graphs(graphs), case
 
 
 def low_rank(device: str, smoke: bool) -> Steps:
     """Training steps of Spectral Adapters A and R."""
     sizes = [(32, 8)] if smoke else [(n, m) for n in (640, 1280, 2048) for m in (77, 1024, 4096)]
     for n, tokens in sizes:
-        yield LOW_RANK_PROVIDERS, LowRankCase(n, tokens, device, "bfloat16")
+        providers = LOW_RANK_PROVIDERS | in_cuda_graphs(LOW_RANK_PROVIDERS)
+        yield providers, LowRankCase(n, tokens, device, "bfloat16")
 
 
 def cayley(device: str, smoke: bool) -> Steps:
@@ -401,13 +411,14 @@ def stiefel(device: str, smoke: bool) -> Steps:
 
 def unet_step(device: str, smoke: bool) -> Steps:
     """Training steps of whole UNets."""
-    from unet_providers import UNET_PROVIDERS, UNetCase
+    from unet_providers import UNET_GRAPHS, UNET_PROVIDERS, UNetCase
 
+    providers = UNET_PROVIDERS | in_cuda_graphs(UNET_GRAPHS)
     if smoke:
-        yield UNET_PROVIDERS, UNetCase("toy", 4, device)
+        yield providers, UNetCase("toy", 4, device)
         return
-    yield UNET_PROVIDERS, UNetCase("sd15", 64, device, "bfloat16", batch=4)
-    yield UNET_PROVIDERS, UNetCase("sdxl", 128, device, "bfloat16")
+    yield providers, UNetCase("sd15", 64, device, "bfloat16", batch=4)
+    yield providers, UNetCase("sdxl", 128, device, "bfloat16")
 
 
 STEPS: dict[str, Callable[[str, bool], Steps]] = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA device: build the extension, run the GPU tests, then the benchmarks.
 #   PYTHON=python3 OUT=benchmarks/results benchmarks/gpu_run.sh
-# Needs a CUDA build of PyTorch with Triton, nvcc, pytest and numpy; peft, diffusers and transformers
+# Needs a CUDA build of PyTorch with Triton, nvcc, pytest, numpy and xxhash; peft, diffusers and transformers
 # for what compares with them, which is left out without them. Changes nothing outside $TARGET and
 # $OUT. Takes about eight minutes on an H100: the benchmarks stop after $MINUTES.
 # Every part runs whether or not the one before failed; the exit status is that of the first that did.
@@ -38,8 +38,13 @@ if [ "$status" -ne 0 ]; then
 fi
 export PYTHONPATH="benchmarks:tests:$TARGET${PYTHONPATH:+:$PYTHONPATH}"
 
+# Most of the tests' time is the compiler's, so several processes share it.
+workers=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    workers=(-n 8)
+fi
 # -P: what was installed is tested and timed, not the checkout.
 part backends "$PYTHON" -P -m spectral_kernels
-part gpu_tests timeout 120 "$PYTHON" -P -m pytest -q -m gpu tests/test_gpu.py
+part gpu_tests timeout 180 "$PYTHON" -P -m pytest -q "${workers[@]}" -m gpu tests/test_gpu.py
 part gpu_bench "$PYTHON" -P benchmarks/gpu_bench.py --output "$OUT" --minutes "$MINUTES"
 exit "$status"

@@ -8,9 +8,10 @@ must return according to a float64 oracle. A step is one forward and backward th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,47 @@ class Candidate:
 
 class Unavailable(Exception):
     """A provider whose library is not installed here."""
+
+
+IN_GRAPH = ", CUDA graph"
+
+
+def in_cuda_graph(provider: Callable[[Any], Candidate]) -> Callable[[Any], Candidate]:
+    """The same step recorded once and replayed: what the device takes, without calls from Python.
+
+    The graphs of one problem share their memory: each replay writes all that it reads.
+    """
+
+    def recorded(problem: Any) -> Candidate:
+        if problem.case.device != "cuda":
+            raise Unavailable("needs a CUDA device")
+        candidate = provider(problem)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                candidate.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        if not hasattr(problem, "graph_pool"):
+            problem.graph_pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=problem.graph_pool):
+            outputs = candidate.step()
+
+        def replay(_: Step = candidate.step) -> Tensors:  # with all that the recording reads
+            graph.replay()
+            return outputs
+
+        return replace(candidate, step=replay)
+
+    return recorded
+
+
+def in_cuda_graphs(
+    providers: Mapping[str, Callable[[Any], Candidate]],
+) -> dict[str, Callable[[Any], Candidate]]:
+    """Each provider as a CUDA graph, under its name and ``IN_GRAPH``."""
+    return {name + IN_GRAPH: in_cuda_graph(provider) for name, provider in providers.items()}
 
 
 def _step(value: Tensor, leaves: Tensors, grad: Tensor) -> Tensors:
@@ -203,7 +245,9 @@ def _rotations_by_solve(squares: Tensors, dtype: torch.dtype) -> list[Tensor]:
         upper = square.triu(1) * 0.5
         skew = upper - upper.mT
         identity = torch.eye(len(square), dtype=square.dtype, device=square.device)
-        rotations.append(torch.linalg.solve(identity - skew, identity + skew).to(dtype))
+        # Without a look at the result, for which a GPU would have to be waited for.
+        solution, _ = torch.linalg.solve_ex(identity - skew, identity + skew)
+        rotations.append(solution.to(dtype))
     return rotations
 
 

@@ -169,8 +169,10 @@ def frozen(problem: UNetProblem) -> Candidate:
     return problem.candidate(step, 0)
 
 
-def trained(adapt: Adapt, *, checkpointing: bool = False) -> Callable[[UNetProblem], Candidate]:
-    """A training step of an adapted model."""
+def trained(
+    adapt: Adapt, *, checkpointing: bool = False, capturable: bool = False
+) -> Callable[[UNetProblem], Candidate]:
+    """A training step of an adapted model; ``capturable`` if a CUDA graph is to record it."""
 
     def provider(problem: UNetProblem) -> Candidate:
         model = adapt(problem.base)
@@ -178,7 +180,7 @@ def trained(adapt: Adapt, *, checkpointing: bool = False) -> Callable[[UNetProbl
             model.train()
             model.enable_gradient_checkpointing()
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, capturable=capturable)
 
         def step() -> Tensors:
             optimizer.zero_grad()
@@ -198,5 +200,15 @@ UNET_PROVIDERS: dict[str, Callable[[UNetProblem], Candidate]] = {
     **{
         f"{name}, checkpointing": trained(METHODS[name], checkpointing=True)
         for name in ("PEFT LoRA r=8", "SODA")
+    },
+}
+
+#: What is recorded as CUDA graphs.
+UNET_GRAPHS: dict[str, Callable[[UNetProblem], Candidate]] = {
+    "frozen": frozen,
+    **{
+        name: trained(adapt, capturable=True)
+        for name, adapt in METHODS.items()
+        if name != "naive SODA"  # its solves wait for the device
     },
 }

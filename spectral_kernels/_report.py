@@ -59,6 +59,10 @@ class BackendReport(Mapping[str, OpBackend]):
     __repr__ = __str__
 
 
+#: Ops whose GPU code is C++ on the host.
+_PRODUCTS = ("rotated_linear_fwd", "rotated_linear_bwd", "soda_linear_fwd", "soda_linear_bwd")
+
+
 def backend_report() -> BackendReport:
     """Say for every op which implementation the dispatcher would run, per device type, and why."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,6 +82,8 @@ def _row(name: str, device: str) -> OpBackend:
             from spectral_kernels.triton_kernels import OVERRIDDEN
 
             return OpBackend(name, device, "triton", f"registered; {OVERRIDDEN[name]}")
+        if device == "cuda" and name in _PRODUCTS:
+            return OpBackend(name, device, "c++", "PyTorch's products, called from C++")
         implementation = "c++" if device == "cpu" else "cuda"
         return OpBackend(name, device, implementation, "compiled into spectral_kernels._C")
     return OpBackend(name, device, "reference", _why_reference(name, device))
@@ -92,8 +98,6 @@ def _is_triton(name: str) -> bool:
 def _why_reference(name: str, device: str) -> str:
     if device == "cuda" and _is_triton(name):
         return STATUS["triton"].reason
-    if name.startswith(("rotated_linear", "soda_linear")) and device == "cuda":
-        return "GEMMs around kron_rotate and kron_gram, which see above"
     extension = STATUS["extension"]
     if not extension.loaded:
         return extension.reason

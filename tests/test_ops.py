@@ -254,13 +254,33 @@ def test_cayley_backward_equals_autograd_through_a_solve(backward, dtype):
         assert_near(grad, expected, factor=2)
 
 
+def from_products(*names):
+    """What runs on a GPU, here: the same functions of the extension, on any device."""
+    if STATUS["extension"].loaded:
+        namespace = torch.ops.spectral_products
+        return {"products": tuple(getattr(namespace, name) for name in names)}
+    return {}
+
+
+ROTATIONS = {
+    "op": op.kron_rotate,
+    "reference": kron_rotate_reference,
+    **{key: functions[0] for key, functions in from_products("kron_rotate").items()},
+}
+GRAMS = {
+    "op": op.kron_gram,
+    "reference": kron_gram_reference,
+    **{key: functions[0] for key, functions in from_products("kron_gram").items()},
+}
+
 KRON_DIMS = [(1,), (7,), (2, 3), (3, 2), (8, 8, 10), (1, 5), (32, 40), (2, 3, 5, 2)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dims", KRON_DIMS)
-@pytest.mark.parametrize("rotate", [op.kron_rotate, kron_rotate_reference], ids=["op", "reference"])
-def test_kron_rotate_values(rotate, dims, dtype):
+@pytest.mark.parametrize("which", ROTATIONS)
+def test_kron_rotate_values(which, dims, dtype):
+    rotate = ROTATIONS[which]
     factors = [random_rotation(n) for n in dims]
     k = dense_kron(factors).shape[0]
     x = torch.randn(6, k, dtype=torch.float64).to(dtype)
@@ -279,8 +299,9 @@ def test_kron_rotate_values(rotate, dims, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dims", KRON_DIMS)
-@pytest.mark.parametrize("grams_of", [op.kron_gram, kron_gram_reference], ids=["op", "reference"])
-def test_kron_gram_values(grams_of, dims, dtype):
+@pytest.mark.parametrize("which", GRAMS)
+def test_kron_gram_values(which, dims, dtype):
+    grams_of = GRAMS[which]
     k = torch.Size(dims).numel()
     a, b = (torch.randn(6, k, dtype=torch.float64).to(dtype) for _ in range(2))
     scale = torch.randn(k, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
@@ -293,9 +314,23 @@ def test_kron_gram_values(grams_of, dims, dtype):
     assert_near(column_sums, (a.double() * b.double()).sum(0))
 
 
+@pytest.mark.parametrize("which", GRAMS)
+@pytest.mark.parametrize("dims", [(3, 2), (2, 3), (5, 2, 3)])
+def test_kron_ops_without_rows(which, dims):
+    """Nothing to rotate, and sums over nothing."""
+    width = torch.Size(dims).numel()
+    nothing = torch.zeros(0, width)
+    factors = [random_rotation(n, dtype=torch.float32) for n in dims]
+    assert ROTATIONS[which](nothing, factors, False, None, None).shape == (0, width)
+    *grams, column_sums = GRAMS[which](nothing, nothing, list(dims), torch.ones(width))
+    assert [gram.shape for gram in grams] == [(n, n) for n in dims]
+    assert not any(sums.any() for sums in (*grams, column_sums))
+
+
 PRODUCTS = {
     "op": (op.rotated_linear_fwd, op.rotated_linear_bwd),
     "reference": (rotated_linear_fwd_reference, rotated_linear_bwd_reference),
+    **from_products("rotated_linear_fwd", "rotated_linear_bwd"),
 }
 
 
@@ -348,6 +383,7 @@ def test_rotated_linear_values(which, dtype):
 SODA_LINEAR = {
     "op": (op.soda_linear_fwd, op.soda_linear_bwd),
     "reference": (soda_linear_fwd_reference, soda_linear_bwd_reference),
+    **from_products("soda_linear_fwd", "soda_linear_bwd"),
 }
 
 

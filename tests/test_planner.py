@@ -123,6 +123,20 @@ def test_calibration_is_kept_and_read(own_cache, monkeypatch):
     assert list(own_cache.parent.iterdir()) == [own_cache]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_has_defaults_for_short_and_long_numbers(own_cache, dtype):
+    expected = "cuda" if dtype == torch.float32 else "cuda, 16 bits"
+    assert planner.rates_for(torch.device("cuda"), dtype) == DEFAULT_RATES[expected]
+
+
+def test_many_tokens_are_merged_on_a_gpu():
+    """There the sums over tokens cost more than the products."""
+    rates = DEFAULT_RATES["cuda, 16 bits"]
+    for tokens, n, factors in ((16384, 320, (16, 20)), (4096, 640, (20, 32))):
+        assert choose_plan(tokens, n, n, factors, **LEFT, rates=rates).name == "merged"
+    assert choose_plan(77, 1280, 1280, (32, 40), **LEFT, rates=rates).name != "merged"
+
+
 def test_rates_can_be_set(own_cache):
     rates = Rates(1.0, 2.0, 3.0, 4.0, "mine")
     planner.set_rates("cpu", torch.float32, rates)

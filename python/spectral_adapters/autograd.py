@@ -7,7 +7,7 @@ product and no solve is ever built.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -78,12 +78,31 @@ def at_least(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _fused(
     op: Callable[..., Any], reference: Callable[..., Any], x: Tensor, arguments: tuple[Any, ...]
 ) -> Any:
-    """An op that has an implementation of its own on the CPU alone, and elsewhere is its reference:
-    called without the dispatcher, which takes longer than the work of a small layer."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    """An op where it has an implementation of its own, else its reference: called without the
+    dispatcher, which takes longer than the work of a small layer."""
+    if not torch.compiler.is_compiling() and _is_compiled_for(x.device.type):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
     return reference(*arguments)
+
+
+@lru_cache
+def _is_compiled_for(device: str) -> bool:
+    """Whether the extension has the SODA layer's ops for a type of device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return key is not None and has_kernel("spectral::soda_linear_fwd", key)
+
+
+def eager_kron(op: str, x: Tensor, *args: Any) -> Any:
+    """``kron_rotate`` or ``kron_gram`` of ``x`` inside a Function.
+
+    On a GPU, outside of compiled code, as products that C++ calls: a Triton kernel is faster, and
+    launching it from Python takes longer than it does.
+    """
+    if not torch.compiler.is_compiling() and x.is_cuda and _is_compiled_for("cuda"):
+        return raw(getattr(torch.ops.spectral_products, op), x, *args)
+    return raw(getattr(_ops, op), x, *args)
 
 
 class CayleyFunction(torch.autograd.Function):
@@ -608,7 +627,7 @@ class MergedLinearFunction(torch.autograd.Function):
         dims = [factor.shape[0] for factor in factors]
         turned_grad = grad_weight.to(x.dtype) @ right.to(x.dtype).mT
         turned_grad = turned_grad.to(rotated.dtype)
-        *grams, column_sums = raw(_ops.kron_gram, rotated, turned_grad, dims, scale)
+        *grams, column_sums = eager_kron("kron_gram", rotated, turned_grad, dims, scale)
         turns = [f @ gram.to(f.dtype) for f, gram in zip(factors, grams, strict=True)]
         _hand_out(ctx, results, [column_sums.to(scale.dtype), *turns], first=11)
         return tuple(results)
@@ -640,7 +659,7 @@ def _merged_weight(
 def _rotated_basis(left: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """U R [out, k] in fp32 or better, whatever U is kept in."""
     left = at_least(left, torch.float32)
-    return raw(_ops.kron_rotate, left, list(factors), False, None, None)
+    return eager_kron("kron_rotate", left, list(factors), False, None, None)
 
 
 class RotatedWeightFunction(torch.autograd.Function):

@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from spectral_adapters._validation import check_choice
+from spectral_adapters.autograd import eager_kron
 
 PLANS = ("factored", "merged", "tokens")
 
@@ -41,8 +42,7 @@ class Rates:
     Attributes:
         rotation: one operation of a Kronecker rotation.
         gram: one operation of its gradient sums.
-        build: one operation of the products that build ``W'`` and contract its gradient, which run
-            in the basis' dtype.
+        build: one operation of the products that build ``W'`` and contract its gradient.
         call: one more op, whatever its size.
         source: where these numbers come from.
     """
@@ -54,11 +54,13 @@ class Rates:
     source: str
 
 
-#: On the CPU as measured on two processors with AVX-512, fp32. For CUDA nothing was measured: the
-#: small fp32 products at a tenth of the bf16 rate, builds at an eighth, 5 us at 400 TFLOP/s a call.
+#: By type of device and, for "cuda", whether products run in 16 bits. On the CPU as measured on two
+#: processors with AVX-512, fp32. On CUDA from the times of kernels on an H100
+#: (benchmarks/results/h100-first-run-2026-11-27.json); 10 us a call.
 DEFAULT_RATES = {
     "cpu": Rates(2.0, 2.0, 1.0, 3e6, "default for CPUs"),
-    "cuda": Rates(10.0, 10.0, 8.0, 2e9, "default for CUDA, not measured"),
+    "cuda": Rates(3.7, 8.1, 1.0, 4.7e8, "default for CUDA, from an H100"),
+    "cuda, 16 bits": Rates(76.0, 148.0, 1.0, 6.6e9, "default for CUDA in 16 bits, from an H100"),
 }
 
 _chosen: dict[tuple[str, torch.dtype], Rates] = {}
@@ -203,7 +205,9 @@ def rates_for(device: torch.device, dtype: torch.dtype) -> Rates:
     """The rates for products in ``dtype`` on ``device``: set, calibrated, or the defaults."""
     key = (device.type, dtype)
     if key not in _chosen:
-        default = DEFAULT_RATES.get(device.type, DEFAULT_RATES["cuda"])
+        is_short = device.type != "cpu" and dtype.itemsize == 2
+        kind = "cpu" if device.type == "cpu" else "cuda, 16 bits" if is_short else "cuda"
+        default = DEFAULT_RATES[kind]
         if torch.compiler.is_compiling():
             return default  # no file is read while tracing; layers ask when they are made, too
         _chosen[key] = _read(device, dtype) or default
@@ -246,14 +250,13 @@ def calibrate(
     device = torch.device(device)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type; got {dtype}")
-    basis_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    small_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     n, factor_sizes = 1024, [32, 32]
     x, weight = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    basis = weight.to(basis_dtype)
-    factors = [torch.eye(size, device=device, dtype=basis_dtype) for size in factor_sizes]
+    factors = [torch.eye(size, device=device, dtype=small_dtype) for size in factor_sizes]
     small = torch.zeros(1, 4, device=device, dtype=dtype)
-    small_factors = [torch.eye(2, device=device, dtype=basis_dtype)] * 2
-    rotate, gram = torch.ops.spectral.kron_rotate, torch.ops.spectral.kron_gram
+    small_factors = [torch.eye(2, device=device, dtype=small_dtype)] * 2
+    rotate, gram = partial(eager_kron, "kron_rotate"), partial(eager_kron, "kron_gram")
 
     gemm = _seconds(lambda: x @ weight, device) / (2 * n**3)
     operations = 2 * n * n * sum(factor_sizes)
@@ -262,7 +265,7 @@ def calibrate(
         rotation=_seconds(lambda: rotate(x, factors, False, None, None), device)
         / (operations * gemm),
         gram=_seconds(lambda: gram(x, weight, factor_sizes, None), device) / (operations * gemm),
-        build=_seconds(lambda: basis @ basis, device) / (2 * n**3 * gemm),
+        build=_seconds(lambda: weight @ weight, device) / (2 * n**3 * gemm),
         call=call / gemm,
         source=f"measured with {str(dtype).removeprefix('torch.')} on {_device_name(device)}",
     )

@@ -37,7 +37,8 @@ def gram_axis(a: Tensor, b: Tensor, axis: int, dims: list[int]) -> Tensor:
         return a[..., 0].mT @ b[..., 0]
     if n <= after:
         return torch.bmm(a, b.mT).sum(0)
-    return a.transpose(0, 1).reshape(n, -1) @ b.transpose(0, 1).reshape(n, -1).mT
+    long = rows * after
+    return a.transpose(0, 1).reshape(n, long) @ b.transpose(0, 1).reshape(n, long).mT
 
 
 def kron_rotate_reference(

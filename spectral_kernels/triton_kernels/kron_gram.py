@@ -219,6 +219,9 @@ def _reduce(plan: GramPlan, partial: Tensor) -> list[Tensor]:
         size = prod(group)
         gram = partial[:, start : start + size * size]
         start += size * size
+        if len(group) == 1:
+            outputs.append(gram.sum(0).view(size, size))
+            continue
         lead = 1
         for n in group:
             rest = size // (lead * n)

@@ -1,0 +1,173 @@
+// spectral::rotated_linear_fwd and _bwd, soda_linear_fwd and _bwd over ATen's products. They do
+// what the references do with fewer calls. How rows are rotated and their sums taken is the
+// argument Kron:
+//
+//   rotate(x, factors, transpose, scale_before, scale_after) and gram(a, b, dims, scale_b), the raw
+//   ops kron_rotate and kron_gram;
+//   is_fused(type): whether there is rotate_gram_(a, factors, transpose, b, scale_b), which rotates
+//   `a` in place, takes the sums, and multiplies `a` by the scale.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace spectral {
+
+template <typename Kron>
+struct RotatedLinear {
+    using Optional = std::optional<at::Tensor>;
+
+    static at::Tensor flat(const at::Tensor& tensor) {
+        TORCH_CHECK_VALUE(tensor.dim() >= 1, "x and grad must have at least one dimension");
+        return tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)});
+    }
+
+    // A matrix [rows, k] rotated in at least the given type, then in that type.
+    static at::Tensor rotate_matrix(
+        const at::Tensor& matrix, at::TensorList factors, bool transpose, at::ScalarType type) {
+        const at::Tensor wide = matrix.to(at::promote_types(matrix.scalar_type(), type));
+        return Kron::rotate(wide, factors, transpose, std::nullopt, std::nullopt).to(type);
+    }
+
+    // h = dy (M Q), rotated among the tokens, with the sums kron_gram(h, x, dims, scale) where they
+    // are wanted; h is then multiplied by the scale if `scaled` says so.
+    struct TurnedGradient {
+        at::Tensor h;
+        std::vector<at::Tensor> sums;
+        bool scaled = false;
+    };
+
+    static TurnedGradient turned_gradient(
+        const at::Tensor& flat_grad, const at::Tensor& flat_x, const at::Tensor& matrix,
+        bool rotates, bool transpose, bool needs_sums, const Optional& scale,
+        at::TensorList factors) {
+        const at::ScalarType type = flat_grad.scalar_type();
+        TurnedGradient result{at::mm(flat_grad, matrix), {}, false};
+        if (rotates) {
+            if (needs_sums && Kron::is_fused(type)) {
+                result.sums = Kron::rotate_gram_(result.h, factors, transpose, flat_x, scale);
+                result.scaled = true;
+                return result;
+            }
+            result.h = Kron::rotate(result.h, factors, transpose, std::nullopt, std::nullopt);
+        }
+        if (needs_sums) {
+            std::vector<std::int64_t> dims;
+            for (const at::Tensor& factor : factors) dims.push_back(factor.size(0));
+            result.sums = Kron::gram(result.h, flat_x, dims, scale);
+        }
+        return result;
+    }
+
+    // Appends ds and dR_1, ..., dR_f to the results.
+    static void append_gradients(
+        std::vector<at::Tensor>& results, const std::vector<at::Tensor>& sums,
+        const Optional& scale, bool transpose, at::TensorList factors) {
+        // No result may share memory with another.
+        const at::Tensor& columns = sums.back();
+        results.push_back(
+            scale.has_value() && scale->scalar_type() != columns.scalar_type()
+                ? columns.to(scale->scalar_type())
+                : columns.clone());
+        for (std::size_t i = 0; i < factors.size(); ++i) {
+            const at::Tensor gram = sums[i].to(factors[i].scalar_type());
+            results.push_back(transpose ? at::mm(gram.t(), factors[i]) : at::mm(factors[i], gram));
+        }
+    }
+
+    static std::tuple<at::Tensor, at::Tensor> rotated_linear_fwd(
+        const at::Tensor& x, const Optional& scale, const at::Tensor& matrix,
+        const Optional& subtract, const Optional& bias, bool transpose, bool on_tokens,
+        at::TensorList factors) {
+        const at::ScalarType type = x.scalar_type();
+        if (on_tokens) {
+            const at::Tensor t = Kron::rotate(flat(x), factors, !transpose, scale, std::nullopt);
+            const at::Tensor y = at::linear(t, matrix.to(type), bias);
+            std::vector<std::int64_t> shape = x.sizes().vec();
+            shape.back() = matrix.size(0);
+            return {y.view(shape), at::empty({0}, x.options())};
+        }
+        const at::Tensor rotated = rotate_matrix(matrix, factors, transpose, type);
+        if (!subtract.has_value()) {
+            const at::Tensor t = scale.has_value() ? x * scale->to(type) : x;
+            return {at::linear(t, rotated, bias), rotated};
+        }
+        // Folding s and N into the basis keeps the difference exact: zero is zero.
+        const at::Tensor folded = scale.has_value() ? rotated * scale->to(type) : rotated;
+        return {at::linear(x, folded - subtract->to(type), bias), rotated};
+    }
+
+    static std::vector<at::Tensor> rotated_linear_bwd(
+        const at::Tensor& grad, const at::Tensor& x, const Optional& scale,
+        const at::Tensor& matrix, const Optional& subtract, const Optional& rotated, bool transpose,
+        bool needs_sums, at::TensorList factors) {
+        const at::Tensor flat_grad = flat(grad), flat_x = flat(x);
+        const at::ScalarType type = grad.scalar_type();
+        auto [h, sums, scaled] = turned_gradient(
+            flat_grad, flat_x, rotated.has_value() ? *rotated : matrix.to(type),
+            !rotated.has_value(), transpose, needs_sums, scale, factors);
+        if (scale.has_value() && !scaled) h.mul_(scale->to(type));
+        if (subtract.has_value()) h = h - at::mm(flat_grad, subtract->to(type));
+
+        std::vector<at::Tensor> results{h.view(x.sizes())};
+        if (needs_sums) append_gradients(results, sums, scale, transpose, factors);
+        return results;
+    }
+
+    static std::vector<at::Tensor> soda_linear_fwd(
+        const at::Tensor& x, const at::Tensor& scale, const at::Tensor& left,
+        const at::Tensor& right, const Optional& bias, const Optional& rotated, bool on_tokens,
+        at::TensorList factors) {
+        const at::ScalarType type = x.scalar_type();
+        const at::Tensor z = at::linear(x, right.to(type));
+        if (on_tokens) {
+            const at::Tensor t = Kron::rotate(flat(z), factors, true, scale, std::nullopt);
+            std::vector<std::int64_t> shape = x.sizes().vec();
+            shape.back() = left.size(0);
+            return {at::linear(t, left.to(type), bias).view(shape), z};
+        }
+        const at::Tensor basis =
+            rotated.has_value() ? rotated->to(type) : rotate_matrix(left, factors, false, type);
+        // The scale goes into whichever is smaller.
+        const at::Tensor small = scale.to(type);
+        const at::Tensor y = z.numel() > basis.numel() ? at::linear(z, basis * small, bias)
+                                                       : at::linear(z * small, basis, bias);
+        if (rotated.has_value()) return {y, z};
+        return {y, z, basis};
+    }
+
+    static std::vector<at::Tensor> soda_linear_bwd(
+        const at::Tensor& grad, const at::Tensor& z, const at::Tensor& scale,
+        const at::Tensor& left, const at::Tensor& right, const Optional& rotated, bool on_tokens,
+        bool needs_x, bool needs_sums, at::TensorList factors) {
+        const at::Tensor flat_grad = flat(grad), flat_z = flat(z);
+        const at::ScalarType type = grad.scalar_type();
+        const bool rotates =
+            on_tokens || (!rotated.has_value() && flat_grad.size(0) <= left.size(0));
+        const at::Tensor basis = rotates               ? left.to(type)
+                                 : rotated.has_value() ? rotated->to(type)
+                                                       : rotate_matrix(left, factors, false, type);
+        auto [h, sums, scaled] =
+            turned_gradient(flat_grad, flat_z, basis, rotates, false, needs_sums, scale, factors);
+        std::vector<at::Tensor> results;
+        if (needs_x) {
+            at::Tensor rows = right.to(type);
+            if (!scaled && h.size(0) > rows.size(1)) {
+                rows = rows * scale.to(type).unsqueeze(1);
+            } else if (!scaled) {
+                h.mul_(scale.to(type));
+            }
+            std::vector<std::int64_t> shape = grad.sizes().vec();
+            shape.back() = right.size(1);
+            results.push_back(at::mm(h, rows).view(shape));
+        }
+        if (needs_sums) append_gradients(results, sums, scale, false, factors);
+        return results;
+    }
+};
+
+}  // namespace spectral

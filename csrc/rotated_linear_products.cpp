@@ -1,0 +1,66 @@
+// spectral::rotated_linear_fwd and _bwd, soda_linear_fwd and _bwd for CUDA: nothing but ATen's
+// products, so it is compiled with or without CUDA. `spectral_products` has the same functions for
+// every device, for tests.
+#include <torch/library.h>
+
+#include "kron_products.h"
+#include "rotated_linear.h"
+
+namespace spectral::products {
+namespace {
+
+struct Kron {
+    static constexpr auto rotate = &kron_rotate;
+    static constexpr auto gram = &kron_gram;
+
+    static bool is_fused(at::ScalarType) { return false; }
+    static std::vector<at::Tensor> rotate_gram_(
+        const at::Tensor&, at::TensorList, bool, const at::Tensor&,
+        const std::optional<at::Tensor>&) {
+        TORCH_INTERNAL_ASSERT(false, "not fused");
+    }
+};
+
+using Layers = RotatedLinear<Kron>;
+
+}  // namespace
+}  // namespace spectral::products
+
+TORCH_LIBRARY_IMPL(spectral, CUDA, m) {
+    m.impl("rotated_linear_fwd", &spectral::products::Layers::rotated_linear_fwd);
+    m.impl("rotated_linear_bwd", &spectral::products::Layers::rotated_linear_bwd);
+    m.impl("soda_linear_fwd", &spectral::products::Layers::soda_linear_fwd);
+    m.impl("soda_linear_bwd", &spectral::products::Layers::soda_linear_bwd);
+}
+
+TORCH_LIBRARY(spectral_products, m) {
+    const auto any = c10::DispatchKey::CompositeExplicitAutograd;
+    const auto define = [&](const char* schema, auto function) {
+        m.def(schema, torch::dispatch(any, function));
+    };
+    define(
+        "kron_rotate(Tensor x, Tensor[] factors, bool transpose, Tensor? scale_before, "
+        "Tensor? scale_after) -> Tensor",
+        &spectral::products::kron_rotate);
+    define(
+        "kron_gram(Tensor a, Tensor b, int[] dims, Tensor? scale_b) -> Tensor[]",
+        &spectral::products::kron_gram);
+    define(
+        "rotated_linear_fwd(Tensor x, Tensor? scale, Tensor matrix, Tensor? subtract, Tensor? "
+        "bias, "
+        "bool transpose, bool on_tokens, Tensor[] factors) -> (Tensor, Tensor)",
+        &spectral::products::Layers::rotated_linear_fwd);
+    define(
+        "rotated_linear_bwd(Tensor grad, Tensor x, Tensor? scale, Tensor matrix, Tensor? subtract, "
+        "Tensor? rotated, bool transpose, bool needs_sums, Tensor[] factors) -> Tensor[]",
+        &spectral::products::Layers::rotated_linear_bwd);
+    define(
+        "soda_linear_fwd(Tensor x, Tensor scale, Tensor left, Tensor right, Tensor? bias, "
+        "Tensor? rotated, bool on_tokens, Tensor[] factors) -> Tensor[]",
+        &spectral::products::Layers::soda_linear_fwd);
+    define(
+        "soda_linear_bwd(Tensor grad, Tensor z, Tensor scale, Tensor left, Tensor right, "
+        "Tensor? rotated, bool on_tokens, bool needs_x, bool needs_sums, Tensor[] factors) "
+        "-> Tensor[]",
+        &spectral::products::Layers::soda_linear_bwd);
+}

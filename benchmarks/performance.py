@@ -16,6 +16,7 @@ from report import (
     RATIOS,
     Entry,
     Verdict,
+    in_graphs,
     margin,
     markdown,
     ratio_of,
@@ -266,6 +267,7 @@ def _conditions(document: dict[str, Any]) -> str:
 def _row(line: Line, entries: Sequence[Entry]) -> list[str]:
     ratios = {ratio.title: ratio for ratio in RATIOS.get(line.entry, [])}
     chosen = [ratios[title] for title in line.ratios]
+    graphs = {in_graphs(ratio).title for ratio in chosen}
     cells: dict[str, str] = {}
     floors = []
     for device in ("cpu", "cuda"):
@@ -273,6 +275,9 @@ def _row(line: Line, entries: Sequence[Entry]) -> list[str]:
         verdicts = [v for v in verdicts_of(measured) if v.ratio in chosen]
         target = line.cpu if device == "cpu" else line.gpu
         cells[device] = _found(verdicts) if target else ""
+        recorded = [v for v in verdicts_of(measured) if v.ratio.title in graphs]
+        if recorded:
+            cells[device] += f"<br>CUDA graphs: {_found(recorded)}"
         cases = {v.entry["name"] for v in verdicts}
         floor = ratios[line.floor[0]]
         values = [ratio_of(entry, floor) for entry in measured if entry["name"] in cases]

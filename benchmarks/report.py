@@ -250,7 +250,6 @@ RATIOS: dict[str, list[Ratio]] = {
             ("solve loop",),
             ("ours, own parameters",),
             always(10.0),
-            gpu=always(10.0),
         ),
         Ratio("inv_ex / ours", ("inv_ex",), ("ours",), always(3.0), gpu=always(5.0)),
         Ratio(

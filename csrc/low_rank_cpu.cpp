@@ -4,36 +4,21 @@
 //
 // Thin matrices are laid out as [q, n], a long row per column of the adapter: with q = 8, oneMKL
 // takes half the time of [n, q] for products over n.
+#include "low_rank.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 namespace spectral::cpu {
 namespace {
-
-using Optional = std::optional<at::Tensor>;
-
-// The dtypes were chosen outside: a backward may run where autocast is on.
-using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
-
-at::Tensor flat(const at::Tensor& tensor) {
-    TORCH_CHECK_VALUE(tensor.dim() >= 1, "x and grad must have at least one dimension");
-    return tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)});
-}
-
-void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef shape) {
-    TORCH_CHECK_VALUE(
-        tensor.sizes() == shape, name, " must have shape ", shape, "; got ", tensor.sizes());
-}
 
 // Writes the transpose of a contiguous matrix.
 template <typename T>
@@ -131,73 +116,12 @@ at::Tensor rotated_middle(
     return middle;
 }
 
-void scale_(const at::Tensor& tensor, double scaling) {
-    if (scaling != 1) tensor.mul_(scaling);
-}
-
-// start + thin @ up with thin [M, q] and up [q, out]; what the start is, see the reference.
-at::Tensor onto(
-    const at::Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
-    const at::Tensor& thin, const at::Tensor& up) {
-    TORCH_CHECK_VALUE(
-        !base.has_value() || !weight.has_value(), "base and weight exclude each other");
-    at::Tensor y;
-    if (weight.has_value()) {
-        const at::ScalarType type = x.scalar_type();
-        y = at::linear(x, weight->to(type), bias.has_value() ? bias->to(type) : bias).contiguous();
-        y.view({-1, y.size(-1)}).addmm_(thin, up);
-        return y;
-    }
-    y = base.has_value() ? at::addmm(flat(*base), thin, up) : at::mm(thin, up);
-    std::vector<std::int64_t> shape = x.sizes().vec();
-    shape.back() = up.size(1);
-    return y.view(shape);
-}
-
-// grad W + thin @ down [..., in]: thin [M, q], down [q, in].
-at::Tensor grad_of_x(
-    const at::Tensor& grad, const Optional& weight, const at::Tensor& thin,
-    const at::Tensor& down) {
-    std::vector<std::int64_t> shape = grad.sizes().vec();
-    shape.back() = down.size(1);
-    if (!weight.has_value()) return at::mm(thin, down).view(shape);
-    const at::Tensor result = at::mm(flat(grad), weight->to(grad.scalar_type()));
-    return result.addmm_(thin, down).view(shape);
-}
-
 // a^T b [n, q] from a [M, n] and b [M, q], in the type of a factor.
 at::Tensor tall_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
     return transposed(at::mm(b.t(), a), type);
 }
 
-// Nothing [0] where no gradient was asked for.
-std::vector<at::Tensor> filled(std::vector<at::Tensor> results, const at::Tensor& like) {
-    for (at::Tensor& result : results) {
-        if (!result.defined()) result = at::empty({0}, like.options());
-    }
-    return results;
-}
-
-void check_basis(
-    const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right) {
-    TORCH_CHECK_VALUE(
-        left.dim() == 2 && right.dim() == 2, "left and right must be matrices; got shapes ",
-        left.sizes(), " and ", right.sizes());
-    check_shape(singular_values, "singular_values", {left.size(1)});
-    check_shape(right, "right", {left.size(1), right.size(1)});
-}
-
 }  // namespace
-
-std::tuple<at::Tensor, at::Tensor> low_rank_linear_fwd(
-    const at::Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
-    const at::Tensor& down, const at::Tensor& up, double scaling) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    const at::ScalarType type = x.scalar_type();
-    const at::Tensor thin = at::mm(flat(x), down.to(type).t());
-    scale_(thin, scaling);
-    return {onto(x, base, weight, bias, thin, up.to(type).t()), thin};
-}
 
 std::vector<at::Tensor> low_rank_linear_bwd(
     const at::Tensor& grad, const at::Tensor& x, const Optional& weight, const at::Tensor& thin,
@@ -294,7 +218,7 @@ std::vector<at::Tensor> spectral_r_linear_bwd(
 }  // namespace spectral::cpu
 
 TORCH_LIBRARY_IMPL(spectral, CPU, m) {
-    m.impl("low_rank_linear_fwd", &spectral::cpu::low_rank_linear_fwd);
+    m.impl("low_rank_linear_fwd", &spectral::low_rank_linear_fwd);
     m.impl("low_rank_linear_bwd", &spectral::cpu::low_rank_linear_bwd);
     m.impl("spectral_a_linear_fwd", &spectral::cpu::spectral_a_linear_fwd);
     m.impl("spectral_a_linear_bwd", &spectral::cpu::spectral_a_linear_bwd);

@@ -33,7 +33,7 @@ TORCH_LIBRARY_IMPL(spectral, CUDA, m) {
     m.impl("soda_linear_bwd", &spectral::products::Layers::soda_linear_bwd);
 }
 
-TORCH_LIBRARY(spectral_products, m) {
+TORCH_LIBRARY_FRAGMENT(spectral_products, m) {
     const auto any = c10::DispatchKey::CompositeExplicitAutograd;
     const auto define = [&](const char* schema, auto function) {
         m.def(schema, torch::dispatch(any, function));

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from spectral_kernels.ops import LIBRARY
+from spectral_kernels.ops._registry import NAMESPACE
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Override:
 
 
 STATUS: dict[str, Override] = {}
+
+#: Ops that Triton runs on CUDA.
+TRITON_OPS: list[str] = []
 
 
 def load_overrides() -> None:
@@ -58,5 +62,8 @@ def _register_triton() -> Override:
         return Override(False, "the package triton is not installed", {})
     from spectral_kernels import triton_kernels
 
-    triton_kernels.register(LIBRARY)
+    # What the extension has is called from C++ and waits less for its host.
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    leave = [op for op in triton_kernels.OVERRIDDEN if has_kernel(f"{NAMESPACE}::{op}", "CUDA")]
+    TRITON_OPS.extend(triton_kernels.register(LIBRARY, leave))
     return Override(True, f"Triton {version('triton')} kernels are registered for CUDA", {})

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from spectral_kernels._overrides import STATUS
+from spectral_kernels._overrides import STATUS, TRITON_OPS
 from spectral_kernels.ops import OPS
+from spectral_kernels.triton_kernels import OVERRIDDEN
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
@@ -60,7 +61,7 @@ class BackendReport(Mapping[str, OpBackend]):
 
 
 #: Ops whose GPU code is C++ on the host.
-_PRODUCTS = ("rotated_linear_fwd", "rotated_linear_bwd", "soda_linear_fwd", "soda_linear_bwd")
+_PRODUCTS = ("rotated_linear", "soda_linear", "low_rank_linear", "spectral_")
 
 
 def backend_report() -> BackendReport:
@@ -78,25 +79,17 @@ def backend_report() -> BackendReport:
 def _row(name: str, device: str) -> OpBackend:
     qualified = OPS[name].qualified_name
     if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEYS[device]):
-        if device == "cuda" and _is_triton(name):
-            from spectral_kernels.triton_kernels import OVERRIDDEN
-
+        if device == "cuda" and name in TRITON_OPS:
             return OpBackend(name, device, "triton", f"registered; {OVERRIDDEN[name]}")
-        if device == "cuda" and name in _PRODUCTS:
+        if device == "cuda" and name.startswith(_PRODUCTS):
             return OpBackend(name, device, "c++", "PyTorch's products, called from C++")
         implementation = "c++" if device == "cpu" else "cuda"
         return OpBackend(name, device, implementation, "compiled into spectral_kernels._C")
     return OpBackend(name, device, "reference", _why_reference(name, device))
 
 
-def _is_triton(name: str) -> bool:
-    from spectral_kernels.triton_kernels import OVERRIDDEN
-
-    return name in OVERRIDDEN
-
-
 def _why_reference(name: str, device: str) -> str:
-    if device == "cuda" and _is_triton(name):
+    if device == "cuda" and name in OVERRIDDEN:
         return STATUS["triton"].reason
     extension = STATUS["extension"]
     if not extension.loaded:

@@ -433,9 +433,14 @@ def test_soda_linear_values(which, dtype):
             given = made[0] if made else None
 
 
+LOW_RANK_PAIRS = ["op", "reference", *from_products()]
+
+
 def low_rank_pair(name, which):
     if which == "op":
         return getattr(op, f"{name}_fwd"), getattr(op, f"{name}_bwd")
+    if which == "products":
+        return from_products(f"{name}_fwd", f"{name}_bwd")["products"]
     return getattr(low_rank, f"{name}_fwd_reference"), getattr(low_rank, f"{name}_bwd_reference")
 
 
@@ -473,7 +478,7 @@ def check_low_rank(name, which, x, grad, factors, *, start, scaling=1.0, factor=
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("which", ["op", "reference"])
+@pytest.mark.parametrize("which", LOW_RANK_PAIRS)
 @pytest.mark.parametrize("name", LOW_RANK)
 def test_low_rank_values(name, which, dtype):
     small = torch.float64 if dtype == torch.float64 else torch.float32
@@ -489,7 +494,7 @@ def test_low_rank_values(name, which, dtype):
             check_low_rank(name, which, x, grad, factors, start=start, scaling=-1.5, factor=2)
 
 
-@pytest.mark.parametrize("which", ["op", "reference"])
+@pytest.mark.parametrize("which", LOW_RANK_PAIRS)
 @pytest.mark.parametrize("name", LOW_RANK)
 def test_low_rank_hostile_values(name, which):
     """Strides of all kinds, huge and tiny activations."""
@@ -503,7 +508,7 @@ def test_low_rank_hostile_values(name, which):
         check_low_rank(name, which, x, grad * scale, factors, start="weight", factor=2)
 
 
-@pytest.mark.parametrize("which", ["op", "reference"])
+@pytest.mark.parametrize("which", LOW_RANK_PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LOW_RANK[1:])
 def test_low_rank_identity_changes_nothing_to_the_last_bit(name, dtype, which):

@@ -5,7 +5,7 @@ Triton is imported when an op first runs, not before: importing this package mus
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -33,14 +33,22 @@ OVERRIDDEN = {
 __all__ = ["LIMITS", "LOW_RANK_LIMITS", "OVERRIDDEN", "STIEFEL_LIMITS", "register", "supports"]
 
 
-def register(library: torch.library.Library) -> None:
-    """Override ``OVERRIDDEN`` for CUDA; imports, compiles nothing and creates no CUDA context."""
-    library.impl("kron_rotate", _kron_rotate, "CUDA")
-    library.impl("kron_gram", _kron_gram, "CUDA")
-    library.impl("stiefel_sgd_", _stiefel_sgd_, "CUDA")
-    library.impl("stiefel_adam_", _stiefel_adam_, "CUDA")
-    for op in LOW_RANK_OPS:
-        library.impl(op, _low_rank(op), "CUDA")
+def register(library: torch.library.Library, leave: Collection[str] = ()) -> list[str]:
+    """Override ``OVERRIDDEN`` but for ``leave`` for CUDA, and return which ops these are.
+
+    Imports and compiles nothing, and creates no CUDA context.
+    """
+    implementations = {
+        "kron_rotate": _kron_rotate,
+        "kron_gram": _kron_gram,
+        "stiefel_sgd_": _stiefel_sgd_,
+        "stiefel_adam_": _stiefel_adam_,
+        **{op: _low_rank(op) for op in LOW_RANK_OPS},
+    }
+    taken = [op for op in implementations if op not in leave]
+    for op in taken:
+        library.impl(op, implementations[op], "CUDA")
+    return taken
 
 
 def _low_rank(op: str) -> Callable[..., Any]:

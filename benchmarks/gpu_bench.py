@@ -406,7 +406,9 @@ def stiefel(device: str, smoke: bool) -> Steps:
     """Optimizer steps of all factors of an SDXL adapter."""
     from stiefel_providers import SDXL, STIEFEL_PROVIDERS, StiefelCase
 
-    yield STIEFEL_PROVIDERS, StiefelCase(((2, 4), (1, 3)) if smoke else SDXL, device)
+    graphs = {name: STIEFEL_PROVIDERS[name] for name in ("ours", "copies")}
+    providers = STIEFEL_PROVIDERS | in_cuda_graphs(graphs)
+    yield providers, StiefelCase(((2, 4), (1, 3)) if smoke else SDXL, device)
 
 
 def unet_step(device: str, smoke: bool) -> Steps:

@@ -277,6 +277,7 @@ RATIOS: dict[str, list[Ratio]] = {
 _TWICE = {
     "soda_linear": ("plain / ours", "ours / LoRA", "ours / OFT", "ours / GEMMs", "plain / GEMMs"),
     "low_rank": ("A / LoRA", "R / LoRA", "PEFT A / LoRA", "PEFT R / LoRA", "LoRA / frozen"),
+    "stiefel": ("ours / copies", "ours, ms"),
     "unet_step": (
         *("SODA / LoRA", "SODA / OFT", "SVDiff / LoRA", "A / LoRA", "R / LoRA"),
         *("LoRA / frozen", "SODA / frozen"),

@@ -68,10 +68,11 @@ std::vector<at::Tensor> kron_gram(
     TORCH_CHECK_VALUE(
         a.size(0) == b.size(0), "b must have as many rows as a, ", a.size(0), "; got ", b.size(0));
     const at::ScalarType type = accumulation_type(a);
-    const at::Tensor left = a.to(type).contiguous();
-    const at::Tensor right = b.to(type).contiguous();
+    const at::Tensor left = a.to(type).contiguous(), right = b.contiguous();
+    // Products of mixed types are of the wider one: only `a` is cast by a pass of its own.
     const at::Tensor column_sums = at::mul(left, right).sum(0);
-    const at::Tensor scaled = scale_b.has_value() ? at::mul(right, scale_b->to(type)) : right;
+    const at::Tensor scaled =
+        scale_b.has_value() ? at::mul(right, scale_b->to(type)) : right.to(type);
 
     std::vector<at::Tensor> results;
     std::int64_t rows = a.size(0), inner = width;

@@ -5,7 +5,8 @@
 //   rotate(x, factors, transpose, scale_before, scale_after) and gram(a, b, dims, scale_b), the raw
 //   ops kron_rotate and kron_gram;
 //   is_fused(type): whether there is rotate_gram_(a, factors, transpose, b, scale_b), which rotates
-//   `a` in place, takes the sums, and multiplies `a` by the scale.
+//   `a` in place, takes the sums, and multiplies `a` by the scale;
+//   kSumsShareMemory: whether the sums may be views of one tensor.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -24,6 +25,12 @@ struct RotatedLinear {
     static at::Tensor flat(const at::Tensor& tensor) {
         TORCH_CHECK_VALUE(tensor.dim() >= 1, "x and grad must have at least one dimension");
         return tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)});
+    }
+
+    // tensor * scale in the tensor's type, by one pass whatever the scale's is.
+    static at::Tensor times(const at::Tensor& tensor, const at::Tensor& scale) {
+        at::Tensor result = at::empty(tensor.sizes(), tensor.options());
+        return at::mul_out(result, tensor, scale);
     }
 
     // A matrix [rows, k] rotated in at least the given type, then in that type.
@@ -67,12 +74,13 @@ struct RotatedLinear {
     static void append_gradients(
         std::vector<at::Tensor>& results, const std::vector<at::Tensor>& sums,
         const Optional& scale, bool transpose, at::TensorList factors) {
-        // No result may share memory with another.
         const at::Tensor& columns = sums.back();
-        results.push_back(
-            scale.has_value() && scale->scalar_type() != columns.scalar_type()
-                ? columns.to(scale->scalar_type())
-                : columns.clone());
+        if (scale.has_value() && scale->scalar_type() != columns.scalar_type()) {
+            results.push_back(columns.to(scale->scalar_type()));
+        } else {
+            // No result may share memory with another.
+            results.push_back(Kron::kSumsShareMemory ? columns.clone() : columns);
+        }
         for (std::size_t i = 0; i < factors.size(); ++i) {
             const at::Tensor gram = sums[i].to(factors[i].scalar_type());
             results.push_back(transpose ? at::mm(gram.t(), factors[i]) : at::mm(factors[i], gram));
@@ -93,11 +101,11 @@ struct RotatedLinear {
         }
         const at::Tensor rotated = rotate_matrix(matrix, factors, transpose, type);
         if (!subtract.has_value()) {
-            const at::Tensor t = scale.has_value() ? x * scale->to(type) : x;
+            const at::Tensor t = scale.has_value() ? times(x, *scale) : x;
             return {at::linear(t, rotated, bias), rotated};
         }
         // Folding s and N into the basis keeps the difference exact: zero is zero.
-        const at::Tensor folded = scale.has_value() ? rotated * scale->to(type) : rotated;
+        const at::Tensor folded = scale.has_value() ? times(rotated, *scale) : rotated;
         return {at::linear(x, folded - subtract->to(type), bias), rotated};
     }
 
@@ -110,7 +118,7 @@ struct RotatedLinear {
         auto [h, sums, scaled] = turned_gradient(
             flat_grad, flat_x, rotated.has_value() ? *rotated : matrix.to(type),
             !rotated.has_value(), transpose, needs_sums, scale, factors);
-        if (scale.has_value() && !scaled) h.mul_(scale->to(type));
+        if (scale.has_value() && !scaled) h.mul_(*scale);
         if (subtract.has_value()) h = h - at::mm(flat_grad, subtract->to(type));
 
         std::vector<at::Tensor> results{h.view(x.sizes())};
@@ -133,9 +141,8 @@ struct RotatedLinear {
         const at::Tensor basis =
             rotated.has_value() ? rotated->to(type) : rotate_matrix(left, factors, false, type);
         // The scale goes into whichever is smaller.
-        const at::Tensor small = scale.to(type);
-        const at::Tensor y = z.numel() > basis.numel() ? at::linear(z, basis * small, bias)
-                                                       : at::linear(z * small, basis, bias);
+        const at::Tensor y = z.numel() > basis.numel() ? at::linear(z, times(basis, scale), bias)
+                                                       : at::linear(times(z, scale), basis, bias);
         if (rotated.has_value()) return {y, z};
         return {y, z, basis};
     }
@@ -157,9 +164,9 @@ struct RotatedLinear {
         if (needs_x) {
             at::Tensor rows = right.to(type);
             if (!scaled && h.size(0) > rows.size(1)) {
-                rows = rows * scale.to(type).unsqueeze(1);
+                rows = times(rows, scale.unsqueeze(1));
             } else if (!scaled) {
-                h.mul_(scale.to(type));
+                h.mul_(scale);
             }
             std::vector<std::int64_t> shape = grad.sizes().vec();
             shape.back() = right.size(1);

@@ -14,6 +14,7 @@ struct Kron {
     static constexpr auto gram = &kron_gram;
     static constexpr auto rotate_gram_ = &kron_rotate_gram_;
 
+    static constexpr bool kSumsShareMemory = true;
     static bool is_fused(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
 };
 

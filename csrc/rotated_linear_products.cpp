@@ -13,6 +13,7 @@ struct Kron {
     static constexpr auto rotate = &kron_rotate;
     static constexpr auto gram = &kron_gram;
 
+    static constexpr bool kSumsShareMemory = false;
     static bool is_fused(at::ScalarType) { return false; }
     static std::vector<at::Tensor> rotate_gram_(
         const at::Tensor&, at::TensorList, bool, const at::Tensor&,

@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+
 from spectral_adapters.compare.plan import read_plan
 from spectral_adapters.compare.records import append_record, key_of, latest, read_records
 from spectral_adapters.compare.runner import Cell, _start_worker, load_task, prepare
@@ -70,7 +72,10 @@ def flatten(model: Any) -> None:
     for layer in model.modules():
         if isinstance(layer, SpectralAdapterALayer):
             frozen = layer._frozen("default")
-            frozen.singular_values = frozen.singular_values.mean().expand_as(frozen.singular_values)
+            values = frozen.basis.singular_values
+            frozen.basis = frozen.basis._replace(
+                singular_values=torch.full_like(values, values.mean())
+            )
 
 
 def table(output: Path, metrics: Sequence[str] | None = None) -> str:

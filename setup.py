@@ -46,7 +46,13 @@ CPU_SOURCES = (
     "csrc/simd_level.cpp",
     "csrc/stiefel_cpu.cpp",
 )
-CUDA_SOURCES = ("csrc/cayley_cuda.cu", "csrc/cayley_cuda_binding.cpp")
+CUDA_SOURCES = (
+    "csrc/cayley_cuda.cu",
+    "csrc/cayley_cuda_binding.cpp",
+    "csrc/kron_gram_cuda.cu",
+    "csrc/kron_rotate_cuda.cu",
+    "csrc/kron_tensor_core_binding.cpp",
+)
 HEADERS = tuple(
     f"csrc/{name}"
     for name in (
@@ -59,7 +65,12 @@ HEADERS = tuple(
         "kron_cpu.h",
         "kron_cpu_kernels.h",
         "kron_cpu_ops.h",
+        "kron_gram_cuda.cuh",
+        "kron_gram_cuda.h",
         "kron_products.h",
+        "kron_rotate_cuda.cuh",
+        "kron_rotate_cuda.h",
+        "kron_tensor_core.h",
         "low_rank.h",
         "rotated_linear.h",
         "simd_level.h",
@@ -67,6 +78,7 @@ HEADERS = tuple(
         "simd_vector.h",
         "stiefel_cpu.h",
         "stiefel_cpu_kernels.h",
+        "tensor_core.cuh",
     )
 )
 # What makes an Extension a CPU or a CUDA one; its name, which setuptools keeps books on, stays.

@@ -37,11 +37,13 @@ from providers import (
     LOW_RANK_PROVIDERS,
     PLAIN,
     SODA_PROVIDERS,
+    TENSOR_CORES,
     CayleyCase,
     LowRankCase,
     SODACase,
     Unavailable,
     in_cuda_graphs,
+    on_tensor_cores,
 )
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -140,7 +142,17 @@ def rotate_entry(rows: int, dims: tuple[int, ...], dtype: torch.dtype, device: s
         "dense GEMM": lambda x: [x @ dense],
         "floor: copy": lambda x: [x.clone()],
     }
+    if takes_tensor_cores(dims, dtype, device):
+        rotate = torch.ops.spectral_products.kron_rotate_on_tensor_cores
+        providers["tensor cores"] = lambda x: [rotate(x, factors, *ROTATE_OPTIONS)]
     return Entry("kron_rotate", rows, dims, dtype, draw, providers, oracle)
+
+
+def takes_tensor_cores(dims: tuple[int, ...], dtype: torch.dtype, device: str) -> bool:
+    """Whether the kernels on tensor cores are there and take these rows."""
+    fits = len(dims) == 2 and dims[0] <= 32 and dims[1] <= 48 and dims[1] % 2 == 0
+    built = hasattr(torch.ops.spectral_products, "kron_gram_on_tensor_cores")
+    return fits and built and device == "cuda" and dtype == torch.bfloat16
 
 
 def gram_entry(rows: int, dims: tuple[int, ...], dtype: torch.dtype, device: str) -> Entry:
@@ -176,6 +188,9 @@ def gram_entry(rows: int, dims: tuple[int, ...], dtype: torch.dtype, device: str
         # As many bytes as reading both.
         "floor: copy": lambda a, b: [b.copy_(a)],
     }
+    if takes_tensor_cores(dims, dtype, device):
+        gram = torch.ops.spectral_products.kron_gram_on_tensor_cores
+        providers["tensor cores"] = lambda a, b: gram(a, b, sizes, scale)
     return Entry("kron_gram", rows, dims, dtype, draw, providers, oracle)
 
 
@@ -375,9 +390,13 @@ def soda_linear(device: str, smoke: bool) -> Steps:
         *(SODACase(2048, tokens, device, "bfloat16") for tokens in (1024, 4096, 8192)),
         SODACase(640, 4096, device, "bfloat16"),
     ]
-    graphs = {name: SODA_PROVIDERS[name] for name in SODA_GRAPHS}
+    tensor_cores = {
+        name + TENSOR_CORES: on_tensor_cores(SODA_PROVIDERS[name])
+        for name in ("ours auto", "ours factored", "ours tokens")
+    }
+    graphs = {name: SODA_PROVIDERS[name] for name in SODA_GRAPHS} | tensor_cores
     for case in [SODACase(32, 16, device, "bfloat16")] if smoke else cases:
-        yield SODA_PROVIDERS | in_cuda_graphs(graphs), case
+        yield SODA_PROVIDERS | tensor_cores | in_cuda_graphs(graphs), case
 
 
 def low_rank(device: str, smoke: bool) -> Steps:
@@ -415,7 +434,9 @@ def unet_step(device: str, smoke: bool) -> Steps:
     """Training steps of whole UNets."""
     from unet_providers import UNET_GRAPHS, UNET_PROVIDERS, UNetCase
 
-    providers = UNET_PROVIDERS | in_cuda_graphs(UNET_GRAPHS)
+    tensor_cores = {"SODA" + TENSOR_CORES: on_tensor_cores(UNET_PROVIDERS["SODA"])}
+    graphs = {"SODA" + TENSOR_CORES: on_tensor_cores(UNET_GRAPHS["SODA"])}
+    providers = UNET_PROVIDERS | tensor_cores | in_cuda_graphs(UNET_GRAPHS | graphs)
     if smoke:
         yield providers, UNetCase("toy", 4, device)
         return

@@ -10,6 +10,8 @@
 
 #if defined(SPECTRAL_WITH_CUDA)
 #include <cuda_runtime_api.h>
+
+#include "kron_tensor_core.h"
 #endif
 
 namespace py = pybind11;
@@ -66,4 +68,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def(
         "_set_simd_level", &spectral::cpu::set_level, py::arg("name"),
         "Switch the CPU kernels to a level of _simd_levels(), for tests; ValueError otherwise.");
+#if defined(SPECTRAL_WITH_CUDA)
+    m.def(
+        "_use_tensor_cores", &spectral::tensor_core::turn_on, py::arg("on"),
+        "Whether SODA layers in bf16 rotate and sum on tensor cores where their sizes allow it; "
+        "off\n"
+        "until that has been measured.");
+#endif
 }

@@ -3,17 +3,46 @@
 // every device, for tests.
 #include <torch/library.h>
 
+#include <cstdint>
+#include <vector>
+
 #include "kron_products.h"
 #include "rotated_linear.h"
+#if defined(SPECTRAL_WITH_CUDA)
+#include "kron_tensor_core.h"
+#endif
 
 namespace spectral::products {
 namespace {
 
 struct Kron {
+#if defined(SPECTRAL_WITH_CUDA)
+    static constexpr bool kSumsShareMemory = true;
+
+    static at::Tensor rotate(
+        const at::Tensor& x, at::TensorList factors, bool transpose,
+        const std::optional<at::Tensor>& scale_before,
+        const std::optional<at::Tensor>& scale_after) {
+        std::vector<std::int64_t> sizes;
+        for (const at::Tensor& factor : factors) sizes.push_back(factor.size(0));
+        const bool fits = tensor_core::is_on() && tensor_core::takes(x, sizes);
+        const auto function = fits ? &tensor_core::kron_rotate : &kron_rotate;
+        return function(x, factors, transpose, scale_before, scale_after);
+    }
+
+    static std::vector<at::Tensor> gram(
+        const at::Tensor& a, const at::Tensor& b, at::IntArrayRef dims,
+        const std::optional<at::Tensor>& scale_b) {
+        const bool fits =
+            tensor_core::is_on() && tensor_core::takes(a, dims) && tensor_core::takes(b, dims);
+        return (fits ? &tensor_core::kron_gram : &kron_gram)(a, b, dims, scale_b);
+    }
+#else
+    static constexpr bool kSumsShareMemory = false;
     static constexpr auto rotate = &kron_rotate;
     static constexpr auto gram = &kron_gram;
+#endif
 
-    static constexpr bool kSumsShareMemory = false;
     static bool is_fused(at::ScalarType) { return false; }
     static std::vector<at::Tensor> rotate_gram_(
         const at::Tensor&, at::TensorList, bool, const at::Tensor&,

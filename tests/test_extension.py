@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import TOLERANCE, assert_near, relative_error
+from support import TOLERANCE, assert_near, dense_kron, random_rotation, relative_error
 
 from spectral_kernels import backend_report
 from spectral_kernels.ops import OPS
@@ -571,3 +571,99 @@ for small in (3, 8, 12, 20, 24):
             [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+
+
+# Kronecker products on tensor cores, lane after lane on the host: see tests/warp_on_host.h.
+
+TILES = [(1, 8), (3, 8), (7, 40), (16, 16), (17, 16), (16, 20), (20, 32), (32, 40), (32, 48)]
+
+
+def tensor_cores_on_host(name, folder):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the host version of the CUDA kernels")
+    library = folder / f"{name}.so"
+    source = Path(__file__).with_name(f"kron_{name}_cuda_on_host.cpp")
+    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    return getattr(ctypes.CDLL(str(library)), f"run_{name}")
+
+
+def address(tensor):
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+@pytest.fixture(scope="module")
+def rotate_on_host(tmp_path_factory):
+    function = tensor_cores_on_host("rotate", tmp_path_factory.mktemp("tensor_cores"))
+
+    def rotate(x, factors, transpose, before, after, blocks=2, descending=False):
+        y = torch.full_like(x, torch.nan)
+        pointers = [address(t) for t in (x, y, *factors, before, after)]
+        sizes = [len(factor) for factor in factors]
+        rows = ctypes.c_int64(len(x))
+        taken = function(*pointers, rows, *sizes, int(transpose), blocks, int(descending))
+        return y if taken else None
+
+    return rotate
+
+
+@pytest.fixture(scope="module")
+def gram_on_host(tmp_path_factory):
+    function = tensor_cores_on_host("gram", tmp_path_factory.mktemp("tensor_cores"))
+
+    def gram(a, b, dims, scale, blocks=3, descending=False):
+        n1, n2 = dims
+        sums = torch.full((n1 * n1 + n2 * n2 + n1 * n2,), torch.nan)
+        pointers = [address(t) for t in (a, b, scale, sums)]
+        rows = ctypes.c_int64(len(a))
+        if not function(*pointers, rows, n1, n2, blocks, int(descending)):
+            return None
+        first, second, columns = sums.split([n1 * n1, n2 * n2, n1 * n2])
+        return [first.view(n1, n1), second.view(n2, n2), columns]
+
+    return gram
+
+
+@pytest.mark.parametrize("dims", TILES)
+def test_rotations_on_tensor_cores(rotate_on_host, dims):
+    """As good as the exact result rounded to bf16, with and without scales, in any order."""
+    k = dims[0] * dims[1]
+    factors = [random_rotation(n, dtype=torch.float32).contiguous() for n in dims]
+    dense = dense_kron(factors)
+    for rows in (0, 1, 11):
+        x = torch.randn(rows, k).bfloat16()
+        for transpose in (False, True):
+            for before, after in ((None, None), (torch.randn(k), None), (None, torch.randn(k))):
+                y = rotate_on_host(x, factors, transpose, before, after)
+                expected = x.double() if before is None else x.double() * before.double()
+                expected = expected @ (dense.mT if transpose else dense)
+                expected = expected if after is None else expected * after.double()
+                assert_near(y, expected, factor=0.25)
+                again = rotate_on_host(x, factors, transpose, before, after, descending=True)
+                assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("dims", TILES)
+def test_grams_on_tensor_cores(gram_on_host, dims):
+    """Sums of bf16 numbers to fp32's tolerance: the scaled ones are two bf16 numbers each."""
+    k = dims[0] * dims[1]
+    for rows in (0, 1, 37):
+        a, b = (torch.randn(rows, k).bfloat16() for _ in range(2))
+        for scale in (None, torch.randn(k)):
+            sums = gram_on_host(a, b, dims, scale)
+            exact = None if scale is None else scale.double()
+            expected = kron_gram_reference(a.double(), b.double(), list(dims), exact)
+            for actual, oracle in zip(sums, expected, strict=True):
+                assert_near(actual, oracle)
+            again = gram_on_host(a, b, dims, scale, descending=True)
+            assert all(map(torch.equal, sums, again))
+
+
+def test_tensor_cores_leave_other_sizes(rotate_on_host, gram_on_host):
+    for dims in ((33, 40), (32, 50), (4, 9), (3, 2)):
+        k = dims[0] * dims[1]
+        x = torch.randn(2, k).bfloat16()
+        factors = [random_rotation(n, dtype=torch.float32) for n in dims]
+        assert rotate_on_host(x, factors, False, None, None) is None
+        assert gram_on_host(x, x, dims, None) is None

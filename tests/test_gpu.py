@@ -228,6 +228,64 @@ def test_does_not_wait_for_the_device(name):
         torch.cuda.set_sync_debug_mode(mode)
 
 
+needs_tensor_cores = pytest.mark.skipif(
+    not hasattr(torch.ops.spectral_products, "kron_gram_on_tensor_cores"),
+    reason="needs an extension with CUDA code",
+)
+
+
+@needs_tensor_cores
+@pytest.mark.parametrize("rows", [0, 1, 77, 4099])
+@pytest.mark.parametrize("dims", [(16, 20), (20, 32), (24, 32), (32, 32), (32, 40), (32, 48)])
+def test_products_on_tensor_cores(poison, dims, rows):
+    k = prod(dims)
+    x, z = (torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    factors = factors_of(dims)
+    before, after = torch.randn(k, device=DEVICE), torch.randn(k, device=DEVICE)
+    products = torch.ops.spectral_products
+    for transpose, scales in itertools.product((False, True), ((None, None), (before, after))):
+        y = products.kron_rotate_on_tensor_cores(x, factors, transpose, *scales)
+        assert_near(y, rotated(x, factors, transpose, *scales))
+    for scale in (None, before):
+        sums = products.kron_gram_on_tensor_cores(x, z, list(dims), scale)
+        for value, oracle in zip(sums, grams(x, z, dims, scale), strict=True):
+            assert_near(value, oracle)
+        again = products.kron_gram_on_tensor_cores(x, z, list(dims), scale)
+        assert all(map(torch.equal, sums, again))
+
+
+@pytest.fixture
+def on_tensor_cores():
+    from spectral_kernels import _C
+
+    _C._use_tensor_cores(True)
+    yield
+    _C._use_tensor_cores(False)
+
+
+@needs_tensor_cores
+@pytest.mark.parametrize("plan", ["factored", "tokens"])
+def test_soda_layer_on_tensor_cores(on_tensor_cores, plan):
+    layer = SODALinear.from_linear(torch.nn.Linear(640, 640).bfloat16(), plan=plan)
+    randomise(layer)
+    layer.to(DEVICE)
+    x = torch.randn(300, 640, device=DEVICE, dtype=torch.bfloat16)
+    upstream = torch.randn(300, 640, device=DEVICE, dtype=torch.bfloat16)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    y = layer(x)
+    gradients = torch.autograd.grad(y, trained, upstream)
+
+    wide = SODALinear.from_linear(torch.nn.Linear(640, 640), plan=plan).double().to(DEVICE)
+    wide.load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
+    exact = wide(x.double())
+    expected = torch.autograd.grad(
+        exact, [p for p in wide.parameters() if p.requires_grad], upstream.double()
+    )
+    assert_near(y, exact, factor=3)
+    for value, oracle in zip(gradients, expected, strict=True):
+        assert relative_error(value, oracle) <= 4 * TOLERANCE[torch.bfloat16]
+
+
 def test_kernels_in_a_cuda_graph():
     x = torch.randn(300, 1280, device=DEVICE, dtype=torch.bfloat16)
     factors = factors_of((32, 40))

@@ -1,0 +1,109 @@
+// kron_gram's sums on tensor cores: every warp walks rows of its own, a block adds its warps' sums,
+// and a second kernel adds the blocks', in an order that is always the same.
+#include <cuda_runtime_api.h>
+
+#include "kron_gram_cuda.cuh"
+
+namespace spectral::cuda {
+namespace {
+
+// Shared memory: the warps' tiles, or once those are done the block's sums; then scale and places.
+template <int P1, int P2>
+constexpr int first_bytes(int n1, int n2) {
+    const int tiles = kGramWarps * static_cast<int>(sizeof(typename Gram<P1, P2>::Tiles));
+    const int sums = 4 * static_cast<int>(gram_length(n1, n2));
+    return ((tiles > sums ? tiles : sums) + 15) / 16 * 16;
+}
+
+template <int P1, int P2>
+__global__ void __launch_bounds__(32 * kGramWarps)
+    gram_kernel(const GramProblem problem, int first, int length) {
+    using Tile = Gram<P1, P2>;
+    extern __shared__ char shared[];
+    auto* const tiles = reinterpret_cast<typename Tile::Tiles*>(shared);
+    auto* const scale = reinterpret_cast<float*>(shared + first);
+    const int n1 = problem.n1, n2 = problem.n2, width = n1 * n2;
+    auto* const places = reinterpret_cast<std::uint16_t*>(scale + width);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int warp = thread / 32, index = thread % 32;
+
+    for (int i = thread; i < width; i += 32 * kGramWarps) {
+        scale[i] = problem.scale == nullptr ? 1.0f : problem.scale[i];
+    }
+    for (int i = thread; i < width / 2; i += 32 * kGramWarps) {
+        places[i] = static_cast<std::uint16_t>(Tile::place(i, n2));
+    }
+    auto* const zeros = reinterpret_cast<Pair*>(shared);
+    for (int i = thread; i < first / 4; i += 32 * kGramWarps) zeros[i] = 0;
+    __syncthreads();
+
+    typename Tile::Lane lane;
+    Tile::clear(lane);
+    DeviceWarp<typename Tile::Lane> self{lane, index};
+    const auto* const a = static_cast<const Bits*>(problem.a);
+    const auto* const b = static_cast<const Bits*>(problem.b);
+    const std::int64_t step = std::int64_t{kGramWarps} * problem.blocks;
+    for (std::int64_t row = std::int64_t{kGramWarps} * blockIdx.x + warp; row < problem.rows;
+         row += step) {
+        Tile::load(
+            lane, index, a + row * width, b + row * width, scale, places, width, tiles[warp]);
+        self.meet();
+        Tile::multiply(self, tiles[warp]);
+        self.meet();
+    }
+
+    __syncthreads();
+    auto* const sums = reinterpret_cast<float*>(shared);
+    for (int i = thread; i < length; i += 32 * kGramWarps) sums[i] = 0;
+    for (int turn = 0; turn < kGramWarps; ++turn) {
+        __syncthreads();
+        if (turn == warp) Tile::flush(lane, index, sums, n1, n2);
+    }
+    __syncthreads();
+    float* const out = problem.partial + std::int64_t{blockIdx.x} * length;
+    for (int i = thread; i < length; i += 32 * kGramWarps) out[i] = sums[i];
+}
+
+__global__ void add_blocks_kernel(const GramProblem problem, int length) {
+    const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= length) return;
+    float sum = 0;
+    for (int block = 0; block < problem.blocks; ++block) {
+        sum += problem.partial[std::int64_t{block} * length + i];
+    }
+    problem.sums[i] = sum;
+}
+
+struct Launch {
+    const GramProblem& problem;
+    int length;
+    cudaStream_t stream;
+
+    template <int P1, int P2>
+    cudaError_t operator()() const {
+        const int width = problem.n1 * problem.n2;
+        const int first = first_bytes<P1, P2>(problem.n1, problem.n2);
+        const int bytes = first + 4 * width + 2 * (width / 2);
+        const cudaError_t set = cudaFuncSetAttribute(
+            gram_kernel<P1, P2>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (set != cudaSuccess) return set;
+        gram_kernel<P1, P2>
+            <<<problem.blocks, 32 * kGramWarps, bytes, stream>>>(problem, first, length);
+        return cudaGetLastError();
+    }
+};
+
+}  // namespace
+
+int launch_gram(const GramProblem& problem, CUstream_st* stream) {
+    const int length = static_cast<int>(gram_length(problem.n1, problem.n2));
+    if (problem.blocks > 0) {
+        const cudaError_t error =
+            with_tile(problem.n1, problem.n2, Launch{problem, length, stream});
+        if (error != cudaSuccess) return error;
+    }
+    add_blocks_kernel<<<(length + 127) / 128, 128, 0, stream>>>(problem, length);
+    return cudaGetLastError();
+}
+
+}  // namespace spectral::cuda

@@ -1,0 +1,168 @@
+// The algorithm of kron_gram_cuda.cu, as steps of one warp: within a step the lanes write disjoint
+// shared memory that none of them reads, between steps they meet. So the same code runs on a host,
+// lane after lane, which is how it is tested where there is no GPU
+// (tests/kron_gram_cuda_on_host.cpp). No CUDA header here.
+//
+// Tensor cores multiply bf16 numbers exactly and add in fp32. a is bf16; b * scale is split into
+// two bf16 numbers, of which the second holds what the first one's rounding lost: 2^-17 of it is
+// missing, as much as a sum in fp32 loses elsewhere.
+#pragma once
+
+#include <cstdint>
+
+#include "kron_gram_cuda.h"
+
+#include "tensor_core.cuh"
+
+namespace spectral::cuda {
+
+// Sizes P1 x P2 of a tile, multiples of 16, with zeros beyond n1 x n2.
+template <int P1, int P2>
+struct Gram {
+    // Eight rows of a tile begin in eight different quarters of the banks.
+    static constexpr int kStride = P2 + 8;
+    static constexpr int kTile = P1 * kStride;
+    static constexpr int kChunks = (P1 * P2 / 8 + 31) / 32;
+
+    // Shared memory of one warp: a, and the two parts of b * scale.
+    struct Tiles {
+        Bits a[kTile];
+        Bits high[kTile];
+        Bits low[kTile];
+    };
+
+    // Registers of one lane.
+    struct Lane {
+        float first[P1 / 16][P1 / 8][4];
+        float second[P2 / 16][P2 / 8][4];
+        float column[kChunks][8];
+        Pair left[4];
+        Pair high[2];
+        Pair low[2];
+    };
+
+    // Where pair number j of a row goes in a tile.
+    SPECTRAL_BOTH static int place(int j, int n2) { return 2 * j / n2 * kStride + 2 * j % n2; }
+
+    SPECTRAL_BOTH static void clear(Lane& lane) {
+        for (auto& row : lane.first)
+            for (auto& tile : row)
+                for (float& sum : tile) sum = 0;
+        for (auto& row : lane.second)
+            for (auto& tile : row)
+                for (float& sum : tile) sum = 0;
+        for (auto& chunk : lane.column)
+            for (float& sum : chunk) sum = 0;
+    }
+
+    // One row of a and b into the tiles, and into the column sums. `places` are those of all pairs.
+    SPECTRAL_BOTH static void load(
+        Lane& lane, int index, const Bits* a, const Bits* b, const float* scale,
+        const std::uint16_t* places, int width, Tiles& tiles) {
+        SPECTRAL_UNROLL
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            const int start = 8 * (32 * chunk + index);
+            if (start >= width) continue;
+            const Quad left = *reinterpret_cast<const Quad*>(a + start);
+            const Quad right = *reinterpret_cast<const Quad*>(b + start);
+            SPECTRAL_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int to = places[start / 2 + i];
+                Pair high = 0, low = 0;
+                SPECTRAL_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    const float x = widened(left.pair[i], half), y = widened(right.pair[i], half);
+                    lane.column[chunk][2 * i + half] += x * y;
+                    const Split parts = split(y * scale[start + 2 * i + half]);
+                    high |= static_cast<Pair>(parts.high) << (16 * half);
+                    low |= static_cast<Pair>(parts.low) << (16 * half);
+                }
+                *reinterpret_cast<Pair*>(tiles.a + to) = left.pair[i];
+                *reinterpret_cast<Pair*>(tiles.high + to) = high;
+                *reinterpret_cast<Pair*>(tiles.low + to) = low;
+            }
+        }
+    }
+
+    // Adds the products of the row that is in the tiles.
+    template <typename Warp>
+    SPECTRAL_BOTH static void multiply(Warp& warp, const Tiles& tiles) {
+        const auto left = [](Lane& lane) -> Pair* { return lane.left; };
+        // gram_1[p, q] = sum over c of a[p, c] b[q, c]
+        SPECTRAL_UNROLL
+        for (int c = 0; c < P2; c += 16) {
+            SPECTRAL_UNROLL
+            for (int p = 0; p < P1 / 16; ++p) {
+                warp.each([&](Lane& lane, int index) {
+                    along<4, kStride>(lane.left, tiles.a, 16 * p, c, index);
+                });
+                SPECTRAL_UNROLL
+                for (int q = 0; q < P1 / 8; ++q) {
+                    warp.each([&](Lane& lane, int index) {
+                        along<2, kStride>(lane.high, tiles.high, 8 * q, c, index);
+                        along<2, kStride>(lane.low, tiles.low, 8 * q, c, index);
+                    });
+                    const auto sums = [=](Lane& lane) -> float* { return lane.first[p][q]; };
+                    warp.multiply(sums, left, [](Lane& lane) -> Pair* { return lane.high; });
+                    warp.multiply(sums, left, [](Lane& lane) -> Pair* { return lane.low; });
+                }
+            }
+        }
+        // gram_2[p, q] = sum over o of a[o, p] b[o, q]
+        SPECTRAL_UNROLL
+        for (int o = 0; o < P1; o += 16) {
+            SPECTRAL_UNROLL
+            for (int p = 0; p < P2 / 16; ++p) {
+                warp.each([&](Lane& lane, int index) {
+                    Warp::template across<4, kStride>(
+                        lane.left, tiles.a + o * kStride + 16 * p, index);
+                });
+                SPECTRAL_UNROLL
+                for (int q = 0; q < P2 / 8; ++q) {
+                    warp.each([&](Lane& lane, int index) {
+                        Warp::template across<2, kStride>(
+                            lane.high, tiles.high + o * kStride + 8 * q, index);
+                        Warp::template across<2, kStride>(
+                            lane.low, tiles.low + o * kStride + 8 * q, index);
+                    });
+                    const auto sums = [=](Lane& lane) -> float* { return lane.second[p][q]; };
+                    warp.multiply(sums, left, [](Lane& lane) -> Pair* { return lane.high; });
+                    warp.multiply(sums, left, [](Lane& lane) -> Pair* { return lane.low; });
+                }
+            }
+        }
+    }
+
+    // Adds one warp's sums to the block's [gram_length].
+    SPECTRAL_BOTH static void flush(const Lane& lane, int index, float* sums, int n1, int n2) {
+        add<P1>(lane.first, index, sums, n1);
+        add<P2>(lane.second, index, sums + n1 * n1, n2);
+        float* const columns = sums + n1 * n1 + n2 * n2;
+        SPECTRAL_UNROLL
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            const int start = 8 * (32 * chunk + index);
+            if (start >= n1 * n2) continue;
+            SPECTRAL_UNROLL
+            for (int i = 0; i < 8; ++i) columns[start + i] += lane.column[chunk][i];
+        }
+    }
+
+    template <int P>
+    SPECTRAL_BOTH static void add(
+        const float (&tiles)[P / 16][P / 8][4], int index, float* sums, int n) {
+        SPECTRAL_UNROLL
+        for (int p = 0; p < P / 16; ++p) {
+            SPECTRAL_UNROLL
+            for (int q = 0; q < P / 8; ++q) {
+                SPECTRAL_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    const int row = 16 * p + index / 4 + (i < 2 ? 0 : 8);
+                    const int column = 8 * q + 2 * (index % 4) + i % 2;
+                    if (row < n && column < n) sums[row * n + column] += tiles[p][q][i];
+                }
+            }
+        }
+    }
+};
+
+}  // namespace spectral::cuda

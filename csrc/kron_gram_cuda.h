@@ -1,0 +1,42 @@
+// The sums of kron_gram on CUDA's tensor cores: a plain launcher without headers of torch or CUDA.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace spectral::cuda {
+
+// Rows of two factors n1 x n2, bf16. A row is a tile that one warp keeps in shared memory, and the
+// sums of all its rows stay in the warp's registers, which is what limits the sizes.
+inline constexpr int kMaxGramFirst = 32;
+inline constexpr int kMaxGramSecond = 48;
+inline constexpr int kGramWarps = 4;
+
+constexpr bool gram_is_supported(std::int64_t n1, std::int64_t n2) {
+    // Sixteen bytes at a time are loaded, and two neighbours are stored.
+    return n1 >= 1 && n2 >= 1 && n1 <= kMaxGramFirst && n2 <= kMaxGramSecond && n2 % 2 == 0 &&
+           n1 * n2 % 8 == 0;
+}
+
+// Numbers in one block's share of the sums: both Grams and the column sums.
+constexpr std::int64_t gram_length(std::int64_t n1, std::int64_t n2) {
+    return n1 * n1 + n2 * n2 + n1 * n2;
+}
+
+struct GramProblem {
+    const void* a;       // [rows, n1 * n2] bf16, 16-byte aligned
+    const void* b;       // likewise
+    const float* scale;  // [n1 * n2], or null for ones; multiplies b in the Grams
+    float* partial;      // [blocks, gram_length]
+    float* sums;         // [gram_length]: gram_1, gram_2, column sums
+    std::int64_t rows;
+    std::int32_t n1;
+    std::int32_t n2;
+    std::int32_t blocks;
+};
+
+// Two kernels on `stream`; returns a cudaError_t without waiting. The same bits every time.
+int launch_gram(const GramProblem& problem, CUstream_st* stream);
+
+}  // namespace spectral::cuda

@@ -1,0 +1,78 @@
+// Runs the algorithm of csrc/kron_gram_cuda.cuh on the host, for machines without a GPU: the same
+// blocks and warps, with the lanes of a step one after another
+// (warp_on_host.h).
+#include "../csrc/kron_gram_cuda.cuh"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "warp_on_host.h"
+
+namespace {
+
+using namespace spectral::cuda;
+
+template <int P1, int P2>
+void run(const GramProblem& problem, bool descending) {
+    using Tile = Gram<P1, P2>;
+    const int n1 = problem.n1, n2 = problem.n2, width = n1 * n2;
+    std::vector<float> scale(width, 1.0f);
+    if (problem.scale != nullptr) std::copy(problem.scale, problem.scale + width, scale.begin());
+    std::vector<std::uint16_t> places;
+    for (int i = 0; i < width / 2; ++i) {
+        places.push_back(static_cast<std::uint16_t>(Tile::place(i, n2)));
+    }
+    const auto length = gram_length(n1, n2);
+    const auto* const a = static_cast<const Bits*>(problem.a);
+    const auto* const b = static_cast<const Bits*>(problem.b);
+    for (int block = 0; block < problem.blocks; ++block) {
+        float* const sums = problem.partial + block * length;
+        std::fill(sums, sums + length, 0.0f);
+        for (int number = 0; number < kGramWarps; ++number) {
+            const auto warp = std::make_unique<HostWarp<typename Tile::Lane>>();
+            warp->descending = descending;
+            const auto tiles = std::make_unique<typename Tile::Tiles>();
+            for (auto* tile : {tiles->a, tiles->high, tiles->low}) {
+                std::fill(tile, tile + Tile::kTile, Bits{0});
+            }
+            warp->each([](auto& lane, int) { Tile::clear(lane); });
+            for (std::int64_t row = kGramWarps * block + number; row < problem.rows;
+                 row += kGramWarps * problem.blocks) {
+                warp->each([&](auto& lane, int index) {
+                    Tile::load(
+                        lane, index, a + row * width, b + row * width, scale.data(), places.data(),
+                        width, *tiles);
+                });
+                Tile::multiply(*warp, *tiles);
+            }
+            warp->each([&](auto& lane, int index) { Tile::flush(lane, index, sums, n1, n2); });
+        }
+    }
+    for (std::int64_t i = 0; i < length; ++i) {
+        float sum = 0;
+        for (int block = 0; block < problem.blocks; ++block)
+            sum += problem.partial[block * length + i];
+        problem.sums[i] = sum;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// All pointers are host pointers; 1 if the kernel takes these sizes.
+std::int32_t run_gram(
+    const void* a, const void* b, const float* scale, float* sums, std::int64_t rows,
+    std::int32_t n1, std::int32_t n2, std::int32_t blocks, std::int32_t descending) {
+    if (!gram_is_supported(n1, n2)) return 0;
+    std::vector<float> partial(
+        static_cast<std::size_t>(blocks * gram_length(n1, n2)),
+        std::numeric_limits<float>::quiet_NaN());
+    const GramProblem problem{a, b, scale, partial.data(), sums, rows, n1, n2, blocks};
+    with_tile(n1, n2, [&]<int P1, int P2>() { run<P1, P2>(problem, descending != 0); });
+    return 1;
+}
+}

@@ -35,7 +35,7 @@ from spectral_adapters.compare.methods import (
 )
 from spectral_adapters.compare.plan import read_plan
 from spectral_adapters.compare.records import append_record, key_of, read_records
-from spectral_adapters.compare.report import BEGIN, END, write_report
+from spectral_adapters.compare.report import BEGIN, END, results_of, write_report
 from spectral_adapters.compare.runner import SWEEP_SEED, cells_of, run_cell
 from spectral_adapters.compare.tasks import style, supersenses
 from spectral_adapters.compare.tasks._task import Metric, Task, fit, linear_shapes, rate_factor
@@ -260,6 +260,42 @@ def test_a_rate_is_chosen_by_the_mean_over_the_folds(toy, tmp_path, monkeypatch)
     assert swept[0]["scores"]["score"] == pytest.approx(-2 * math.log10(30) / 3, abs=1e-4)
 
 
+def by_seed(monkeypatch, best):
+    """The development scores of a seed are best at a rate of its own."""
+    train, evaluate = Toy.train, Toy.evaluate
+
+    def remember(self, tuned, rate, seed, *, final=False):
+        self.seed = seed
+        return train(self, tuned, rate, seed, final=final)
+
+    def scores(self, model, split):
+        found = evaluate(self, model, split)
+        return {**found, "score": -abs(math.log10(self.rate / best.get(self.seed, 1e-2)))}
+
+    monkeypatch.setattr(Toy, "train", remember)
+    monkeypatch.setattr(Toy, "evaluate", scores)
+
+
+def test_a_rate_is_chosen_by_the_mean_over_the_sweeps(toy, tmp_path, monkeypatch):
+    """One sweep alone would choose 1e-3; its runs are kept, and do not count any more."""
+    by_seed(monkeypatch, {SWEEP_SEED: 1e-3, 101: 3e-2, 102: 3e-2})
+    entries = {"methods": ["lora"], "budgets": [600]}
+    alone = read_plan(plan_file(tmp_path, **entries))
+    run_cell(cells_of(alone)[0], alone.rates, tmp_path)
+    (result,) = results_of(alone, alone.tasks["toy"], read_records(tmp_path))
+    assert result.rate == 1e-3
+    before = len(read_records(tmp_path))
+
+    plan = read_plan(plan_file(tmp_path, **entries, sweeps=3))
+    (cell,) = cells_of(plan)
+    assert run_cell(cell, plan.rates, tmp_path)[0]
+    records = read_records(tmp_path)
+    assert {r["seed"] for r in records if r["kind"] == "sweep"} == {SWEEP_SEED, 101, 102}
+    assert [r["rate"] for r in records[before:] if r["kind"] == "final"] == [3e-2] * 3
+    (result,) = results_of(plan, plan.tasks["toy"], records)
+    assert result.rate == 3e-2 and len(result.values["score"]) == 3
+
+
 def test_other_settings_are_other_runs(toy, tmp_path):
     first = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600], options={"steps": 4}))
     run_cell(cells_of(first)[0], first.rates, tmp_path)
@@ -422,6 +458,16 @@ def test_subject_and_style_are_merged_and_lost_changes_trained_again(toy, tmp_pa
     for first, again in zip(merged[:2], merged[2:], strict=True):
         torch.testing.assert_close(again, first)
 
+    # Another rate was chosen since: what was merged is out of date.
+    for run in read_records(tmp_path):
+        if (run["kind"], run["rate"]) == ("sweep", 3e-3):
+            append_record(tmp_path, {**run, "scores": {"score": 9.0, "loss": 1.0}})
+    for one in cells_of(plan):
+        run_cell(one, plan.rates, tmp_path)
+    assert runner.merge_cell(subject, style, cell, tmp_path)
+    records = [r for r in read_records(tmp_path) if r["kind"] == "merged"]
+    assert [r["rates"] for r in records] == [[1e-2] * 2] * 2 + [[3e-3] * 2] * 2
+
 
 def test_records_of_several_processes_and_a_torn_line(tmp_path):
     append_record(tmp_path, {"task": "a", "seed": 1})
@@ -440,6 +486,8 @@ def test_records_of_several_processes_and_a_torn_line(tmp_path):
         ({"budgets": ["many"]}, "budgets must hold numbers"),
         ({"budgets": []}, "must not be empty"),
         ({"colour": 1}, "colour: unknown"),
+        ({"sweeps": 0}, "sweeps must be 1 to 9; got 0"),
+        ({"sweeps": [1, 2]}, "sweeps must be 1 to 9"),
     ],
 )
 def test_bad_plans_are_refused(toy, tmp_path, change, message):

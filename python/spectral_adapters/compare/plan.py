@@ -15,9 +15,11 @@ from spectral_adapters.personalize.settings import UsageError
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 START = 3
 SEEDS = (1, 2, 3)
+#: Most seeds that a learning rate may be tried with.
+MOST_SWEEPS = 9
 
 _KEYS = {"title", "seeds", "rates", "tasks", "cost", "merge"}
-_TASK_KEYS = {"kind", "options", "methods", "budgets", "seeds"}
+_TASK_KEYS = {"kind", "options", "methods", "budgets", "seeds", "sweeps"}
 _COST_KEYS = {"task", "budget", "steps"}
 _MERGE_KEYS = {"subject", "style"}
 
@@ -32,6 +34,7 @@ class PlannedTask:
         options: of the task.
         methods: budgets by the name of the method, in the plan's order.
         seeds: of the runs that count.
+        sweeps: seeds per learning rate in the search for it.
         digest: of kind and options as the plan has them; records of other ones do not count.
     """
 
@@ -40,6 +43,7 @@ class PlannedTask:
     options: dict[str, Any]
     methods: dict[str, tuple[int, ...]]
     seeds: tuple[int, ...]
+    sweeps: int
     digest: str
 
 
@@ -58,7 +62,8 @@ def read_plan(path: str | Path) -> Plan:
     """Read a plan.
 
     A plan has ``tasks``: by name, the ``kind`` of task (default: its name), its ``options``,
-    ``methods`` (a list, or budgets by method) and ``budgets`` (for methods without their own);
+    ``methods`` (a list, or budgets by method), ``budgets`` (for methods without their own) and
+    ``sweeps`` (seeds per learning rate in the search, 1 by default);
     ``seeds``, ``rates`` (ascending); ``cost``: the task, budget and steps that time and memory are
     measured with; ``merge``: the tasks ``subject`` and ``style`` whose results are put into one
     model. An option ``base`` is a folder relative to the plan.
@@ -135,7 +140,10 @@ def _task(where: str, name: str, given: Any, seeds: tuple[int, ...], folder: Pat
             own = budgets if budgets is not None else common
             methods[method] = _numbers(f"{where}: methods: {method}", own, int)
     own_seeds = _numbers(f"{where}: seeds", given.get("seeds", seeds), int)
-    return PlannedTask(name, kind, options, methods, own_seeds, digest)
+    sweeps = _numbers(f"{where}: sweeps", given.get("sweeps", 1), int)
+    if len(sweeps) > 1 or not 1 <= sweeps[0] <= MOST_SWEEPS:
+        raise UsageError(f"{where}: sweeps must be 1 to {MOST_SWEEPS}; got {given['sweeps']!r}")
+    return PlannedTask(name, kind, options, methods, own_seeds, sweeps[0], digest)
 
 
 def _check_keys(where: str, given: Any, allowed: set[str]) -> None:

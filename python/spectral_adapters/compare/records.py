@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from spectral_adapters.compare.plan import START, PlannedTask
 
 RECORDS = "runs.jsonl"
 
@@ -57,3 +60,37 @@ def read_records(folder: Path) -> list[Record]:
 def latest(records: Iterable[Record]) -> dict[tuple[Any, ...], Record]:
     """Runs by what they were; of two of the same, the later one."""
     return {key_of(record): record for record in records}
+
+
+def chosen_rate(task: PlannedTask, records: Iterable[Record]) -> float | None:
+    """The learning rate that the sweeps of a cell chose; None where there is none.
+
+    Of the rates that were tried with all the seeds that the plan has now. While these are too few
+    for a search, of all rates, by the seeds that they have in common.
+    """
+    worth: dict[float, dict[int, float]] = {}
+    for record in records:
+        if record["kind"] == "sweep" and record.get("trained") is not None:
+            worth.setdefault(record["rate"], {})[record["seed"]] = worth_of(task, record)
+    if not worth:
+        return None
+    whole = {rate: found for rate, found in worth.items() if len(found) >= task.sweeps}
+    worth = whole if len(whole) >= START else worth
+    seeds = set.intersection(*(set(found) for found in worth.values()))
+    if not seeds:
+        return None
+    means = {rate: sum(found[s] for s in seeds) / len(seeds) for rate, found in worth.items()}
+    # Of equals the first that was tried, as the search has it.
+    best = max(means, key=lambda rate: means[rate])
+    return best if math.isfinite(means[best]) else None
+
+
+def worth_of(task: PlannedTask, record: Record) -> float:
+    """What the learning rate is chosen by; more is better."""
+    from spectral_adapters.compare.tasks import task_class
+
+    first = task_class(task.kind).metrics[0]
+    value = record["scores"].get(first.key, math.nan)
+    if record["diverged"] or not math.isfinite(value):
+        return -math.inf
+    return value if first.higher_is_better else -value

@@ -14,7 +14,7 @@ from typing import Any
 from spectral_adapters._files import write_text
 from spectral_adapters.compare.methods import BASE, FULL, LABELS, METHODS
 from spectral_adapters.compare.plan import Plan, PlannedTask
-from spectral_adapters.compare.records import RECORDS, Record, latest, read_records
+from spectral_adapters.compare.records import RECORDS, Record, chosen_rate, latest, read_records
 from spectral_adapters.compare.tasks import Metric, task_class
 
 #: The generated part of a report lies between these; what is around them stays.
@@ -64,7 +64,8 @@ def results_of(plan: Plan, task: PlannedTask, records: Iterable[Record]) -> list
             cell = [r for r in here if (r["method"], r["budget"]) == (method, budget)]
             finals = [r for r in cell if r["kind"] == "final" and not r.get("diverged")]
             if method != BASE:
-                finals = [r for r in finals if r["seed"] in task.seeds]
+                rate = chosen_rate(task, cell)
+                finals = [r for r in finals if r["seed"] in task.seeds and r["rate"] == rate]
             if any(r["kind"] == "sweep" and r.get("trained") is None for r in cell):
                 found.append(Result(method, budget, None))
             elif finals:

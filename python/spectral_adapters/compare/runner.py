@@ -30,14 +30,18 @@ from spectral_adapters.compare.plan import START, Plan, PlannedTask
 from spectral_adapters.compare.records import (
     Record,
     append_record,
+    chosen_rate,
     key_of,
     latest,
     read_records,
+    worth_of,
 )
 from spectral_adapters.compare.tasks import Task, make_task
 
-#: The seed of the runs that choose learning rates; not one of those that count.
+#: The seed of the runs that choose learning rates; not one of those that count. Where a task has
+#: more than one sweep, the others have the seeds from 101 on.
 SWEEP_SEED = 0
+FURTHER_SWEEPS = 101
 
 
 @dataclass(frozen=True)
@@ -193,9 +197,10 @@ def run_cell(
 ) -> tuple[bool, int]:
     """Do what is left of a cell; whether all of it is on record now, and how many runs it took.
 
-    The learning rate: three in the middle of ``rates`` are tried with a seed of its own, and as
-    long as the best of all is at an end, the next one beyond it. It is chosen by the first metric
-    on the development split. Then a run for each seed, measured once on the test split.
+    The learning rate: three in the middle of ``rates`` are tried with seeds of their own, and as
+    long as the best of all is at an end, the next one beyond it. It is chosen by the mean of the
+    first metric on the development split. Then a run for each seed, measured once on the test
+    split.
     """
     state = _Cell(cell, output, ends)
     if cell.method == BASE:
@@ -206,13 +211,17 @@ def run_cell(
     tried: dict[int, float] = {}
     while True:
         for index in range(low, high):
-            if index not in tried:
-                record = state.run("sweep", rates[index], SWEEP_SEED)
+            if index in tried:
+                continue
+            found = []
+            for seed in sweep_seeds(cell.task):
+                record = state.run("sweep", rates[index], seed)
                 if record is None:
                     return False, state.runs
                 if record.get("trained") is None:  # the method has no such size
                     return True, state.runs
-                tried[index] = _worth(cell.task, record)
+                found.append(worth_of(cell.task, record))
+            tried[index] = sum(found) / len(found)
         best = max(tried, key=lambda index: tried[index])
         if best == low and low > 0:
             low -= 1
@@ -226,15 +235,9 @@ def run_cell(
     return True, state.runs
 
 
-def _worth(task: PlannedTask, record: Record) -> float:
-    """What the learning rate is chosen by; more is better."""
-    from spectral_adapters.compare.tasks import task_class
-
-    first = task_class(task.kind).metrics[0]
-    value = record["scores"].get(first.key, math.nan)
-    if record["diverged"] or not math.isfinite(value):
-        return -math.inf
-    return value if first.higher_is_better else -value
+def sweep_seeds(task: PlannedTask) -> list[int]:
+    """The seeds that a learning rate is tried with."""
+    return [SWEEP_SEED, *range(FURTHER_SWEEPS, FURTHER_SWEEPS + task.sweeps - 1)]
 
 
 def prepare(task: Task, method: str, budget: int, seed: int) -> Tuned | None:
@@ -441,14 +444,18 @@ def merge_cell(
     state = latest(read_records(output))
     for seed in subject.seeds:
         record = _record(cell, "merged", None, seed)
-        if key_of(record) in state:
-            continue
         runs = []
         for task in (subject, style):
-            run = next((r for r in state.values() if _is_final(r, task, cell, seed)), None)
-            if run is not None and not run["diverged"]:
+            here = [r for r in state.values() if _is_of(r, task, cell)]
+            wanted = ("final", chosen_rate(task, here), seed)
+            run = next((r for r in here if (r["kind"], r["rate"], r["seed"]) == wanted), None)
+            if run is not None and run.get("trained") is not None and not run["diverged"]:
                 runs.append((Cell(task, cell.method, cell.budget), run))
         if len(runs) < 2:
+            continue
+        rates = [run["rate"] for _, run in runs]
+        # A rate may have been chosen anew since.
+        if state.get(key_of(record), {}).get("rates") == rates:
             continue
         places = []
         for trained, run in runs:
@@ -459,13 +466,14 @@ def merge_cell(
         assert isinstance(held, Subject)
         model = with_changes(held.base, *(load_file(place) for place in places)).eval()
         scores = _rounded(held.evaluate_merged(model))
-        append_record(output, {**record, "split": "test", "scores": scores})
+        append_record(output, {**record, "rates": rates, "split": "test", "scores": scores})
     return True
 
 
-def _is_final(record: Record, task: PlannedTask, cell: Cell, seed: int) -> bool:
-    wanted = _record(Cell(task, cell.method, cell.budget), "final", record.get("rate"), seed)
-    return record.get("trained") is not None and key_of(wanted) == key_of(record)
+def _is_of(record: Record, task: PlannedTask, cell: Cell) -> bool:
+    """Whether a record is of a task's cell with the method and budget of another."""
+    whose = (record["task"], record["digest"], record["method"], record["budget"])
+    return whose == (task.name, task.digest, cell.method, cell.budget)
 
 
 def _changes_of(cell: Cell, run: Record, output: Path) -> Path:

@@ -30,6 +30,11 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def nothing(like: Tensor, count: int) -> list[Tensor]:
+    """Tensors [0] for what is not asked for, none of which shares memory with another."""
+    return [like.new_empty(0) for _ in range(count)]
+
+
 def mix_shifted(product: Tensor, scale: Tensor) -> Tensor:
     """``[w, a]`` [M, 2r] to ``[a * scale, (w + a) * scale]``, the middle of Spectral Adapter A.
 
@@ -124,7 +129,7 @@ def low_rank_linear_bwd_reference(
     With ``h = scaling * g up``: ``dx = g W + h down``, ``d_down = h^T x``, ``d_up = g^T thin``.
     """
     h = flat(grad) @ up.to(grad.dtype) * scaling
-    grad_x = grad_down = grad_up = grad.new_empty(0)
+    grad_x, grad_down, grad_up = nothing(grad, 3)
     if needs_x:
         grad_x = _grad_x(grad, weight, h, down.to(grad.dtype))
     if needs_factors:
@@ -181,7 +186,7 @@ def spectral_a_linear_bwd_reference(
     up = torch.cat([left, shift_left], 1).to(grad.dtype)
     mixed = mix_shifted(flat(grad) @ up, _shifted_scale(x, singular_values, scaling))
     r = len(singular_values)
-    grad_x = grad_left = grad_right = grad.new_empty(0)
+    grad_x, grad_left, grad_right = nothing(grad, 3)
     if needs_x:
         down = torch.cat([right, shift_right.mT]).to(grad.dtype)
         grad_x = _grad_x(grad, weight, mixed, down)
@@ -233,7 +238,7 @@ def spectral_r_linear_bwd_reference(
     ``dN = h^T x V1``, ``dR_U = scaling * dN R_V S1``, ``dR_V = scaling * dN^T R_U S1``.
     """
     h = flat(grad) @ left.to(grad.dtype)
-    grad_x = grad_left = grad_right = grad.new_empty(0)
+    grad_x, grad_left, grad_right = nothing(grad, 3)
     if needs_x:
         middle = rotated_middle(singular_values, rotation_left, rotation_right, scaling)
         turned = h @ middle.to(grad.dtype)

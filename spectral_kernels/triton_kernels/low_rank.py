@@ -22,6 +22,7 @@ from spectral_kernels.ops.low_rank import (
     flat,
     low_rank_linear_bwd_reference,
     low_rank_linear_fwd_reference,
+    nothing,
     rotation_grads,
     spectral_a_linear_bwd_reference,
     spectral_a_linear_fwd_reference,
@@ -305,7 +306,7 @@ def low_rank_linear_bwd(
     if not _runs_here("low_rank_linear_bwd", grad, (down, up), down.shape[0]):
         return low_rank_linear_bwd_reference(grad, x, weight, thin, down, up, scaling, *needs)
     h = _scaled(flat(grad) @ up.to(grad.dtype), scaling)
-    grad_x = grad_down = grad_up = grad.new_empty(0)
+    grad_x, grad_down, grad_up = nothing(grad, 3)
     if needs_x:
         start = _grad_start(grad, weight)
         grad_x, _ = low_rank_add(start, h, down.mT, in_place=True)
@@ -376,7 +377,7 @@ def spectral_a_linear_bwd(
         scale=_fp32_scale(singular_values, scaling),
         in_place=True,
     )
-    grad_left = grad_right = grad.new_empty(0)
+    grad_left, grad_right = nothing(grad, 2)
     if needs_factors:
         grad_left = (flat(grad).mT @ thin[:, r:]).to(shift_left.dtype)
         grad_right = (flat(x).mT @ mixed[:, r:]).to(shift_right.dtype)
@@ -431,7 +432,7 @@ def spectral_r_linear_bwd(
         )
     rotations = (singular_values, rotation_left, rotation_right, scaling)
     h = flat(grad) @ left.to(grad.dtype)
-    grad_x = grad_left = grad_right = grad.new_empty(0)
+    grad_x, grad_left, grad_right = nothing(grad, 3)
     if needs_x:
         turned = turn_thin(h, *rotations, False)
         grad_x, _ = low_rank_add(_grad_start(grad, weight), turned, right.mT, in_place=True)

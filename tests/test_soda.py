@@ -393,3 +393,19 @@ def test_parametrised_parameters_are_found():
     expected(x).square().sum().backward()
     found = layer.parametrizations["delta"].original.grad
     assert_near(found, expected.delta.grad.double() / 2, factor=3)
+
+
+@pytest.mark.parametrize("plan", ["tokens", "factored", "merged"])
+def test_backward_inside_autocast(plan):
+    """The forward chose the dtypes; the CPU's one pass over the tokens takes no others."""
+    layer = SODALinear.from_linear(torch.nn.Linear(20, 12), plan=plan)
+    randomise(layer)
+    x = torch.randn(5, 20, requires_grad=True)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(layer(x).sin().sum(), wanted)
+    y = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y.sin().sum(), wanted)
+    for actual, gradient in zip(inside, expected, strict=True):
+        assert actual.dtype == gradient.dtype
+        torch.testing.assert_close(actual, gradient)

@@ -7,8 +7,9 @@ product and no solve is ever built.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from functools import lru_cache, partial, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +56,28 @@ def record(function: type[torch.autograd.Function], *args: Any) -> Any:
     # What Function.apply does once it has bound the arguments to the signature of forward, which
     # takes longer than all the rest and here, where none is missing, changes nothing.
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
+
+
+def outside_autocast(backward: _Backward) -> _Backward:
+    """A backward whose dtypes are those that the forward chose, also where autocast is on."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        if not torch._C._is_any_autocast_enabled():
+            return backward(ctx, *grads)
+        with ExitStack() as stack:
+            accelerator = torch.accelerator.current_accelerator()
+            for device in {"cpu", "cpu" if accelerator is None else accelerator.type}:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return backward(ctx, *grads)
+
+    return cast(_Backward, run)
 
 
 def raw(op: Callable[..., Any], *args: Any) -> Any:
@@ -129,6 +152,7 @@ class CayleyFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         rotations = ctx.saved_tensors if ctx.is_traced else ctx.rotations
         return None, *_cayley_gradients(grads, rotations, ctx.needs_input_grad[1:])
@@ -207,6 +231,7 @@ class SharedCayleyFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         found = _cayley_gradients(ctx.pool.take(), ctx.rotations, ctx.needs_input_grad[2:])
         cast = [
@@ -233,6 +258,7 @@ class LayerRotationsFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         if ctx.needs_input_grad[0]:
             ctx.shared.pool.add(ctx.shared.first, grads)
@@ -258,6 +284,7 @@ class KronRotateFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *factors = ctx.saved_tensors
         factor_grads: list[Tensor | None] = [None] * len(factors)
@@ -316,6 +343,7 @@ class KronGramFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         *gram_grads, column_grad = grads
@@ -370,6 +398,7 @@ class RotatedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, matrix, subtract, bias, *factors = ctx.saved_tensors
         needs_x, needs_scale, _, _, needs_bias, _, _, *needs_factors = ctx.needs_input_grad
@@ -468,6 +497,7 @@ class SODALinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         results: list[Tensor | None] = [None] * len(needs)
@@ -594,6 +624,7 @@ class MergedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         needs_x, needs_scale, _, _, _, needs_base, needs_bias, *rest = ctx.needs_input_grad
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
@@ -692,6 +723,7 @@ class RotatedWeightFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -742,6 +774,7 @@ class LowRankLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         backward = _product(_ops.low_rank_linear_bwd, low_rank_linear_bwd_reference)
         return _low_rank_grads(ctx, grad, backward, ctx.needs_input_grad)
@@ -786,6 +819,7 @@ class SpectralALinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         backward = _product(_ops.spectral_a_linear_bwd, spectral_a_linear_bwd_reference)
         return _low_rank_grads(ctx, grad, backward, ctx.needs_input_grad)
@@ -834,6 +868,7 @@ class SpectralRLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         backward = _product(_ops.spectral_r_linear_bwd, spectral_r_linear_bwd_reference)
         needs = ctx.needs_input_grad

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import tiny_pipeline, tiny_xl_pipeline, unet
 
 from spectral_adapters import cli
-from spectral_adapters.personalize import data, evaluation, report, run, trainer
+from spectral_adapters.personalize import adapters, data, evaluation, report, run, trainer
 from spectral_adapters.personalize.settings import Settings, UsageError
 
 COLOURS = {"red": (220, 40, 30), "green": (30, 180, 60), "blue": (30, 60, 220)}
@@ -181,6 +181,23 @@ def test_every_method_trains_and_loads(base, pictures, tmp_path, method):
     layers = [module for module in pipe.unet.modules() if hasattr(module, "get_delta_weight")]
     moved = [layer.get_delta_weight("default") for layer in layers]
     assert moved and all(torch.count_nonzero(delta) for delta in moved)
+
+
+def test_r_turns_48_columns_or_as_many_as_there_are(base):
+    pipe = run.load_pipeline(Settings(base=str(base), images="x", output="y"))
+    settings = Settings(base=str(base), images="x", output="y", method="spectral-r")
+    shapes = [
+        module.weight.shape
+        for name, module in pipe.unet.named_modules()
+        if name.endswith(("attn2.to_k", "attn2.to_v"))
+    ]
+    assert adapters.make_config(settings, pipe.unet).r == min(48, *map(min, shapes))
+    linear, conv = torch.nn.Linear(100, 60), torch.nn.Conv2d(7, 50, 3)
+    wide = torch.nn.ModuleDict({"to_k": linear, "to_v": conv})
+    assert adapters.smallest_rank(["to_k"], wide) == 60
+    assert adapters.smallest_rank(["to_k", "to_v"], wide) == 50
+    few = Settings(base=str(base), images="x", output="y", method="spectral-r", rank=3)
+    assert adapters.make_config(few, pipe.unet).r == 3
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,11 @@ PRESETS = {
 assert tuple(PRESETS) == TARGET_PRESETS
 
 
+#: Columns that Spectral Adapter R turns: r^2 - r numbers per layer, so that 48 are about as many as
+#: the other methods train in layers of a few hundred inputs (docs/personalize.md).
+R_COLUMNS = 48
+
+
 def make_config(settings: Settings, unet: nn.Module) -> PeftConfig:
     """Return the PEFT config of a run on ``unet``, a ``UNet2DConditionModel``.
 
@@ -48,6 +53,8 @@ def make_config(settings: Settings, unet: nn.Module) -> PeftConfig:
         if getattr(settings, name) is not None
     }
     options.pop("spectrum_learning_rate", None)
+    if settings.method == "spectral-r":
+        options.setdefault("rank", min(R_COLUMNS, smallest_rank(targets, unet)))
     try:
         return _CONFIGS[settings.method](targets, options)
     except ValueError as error:
@@ -87,8 +94,7 @@ def _spectral_a(targets: list[str], options: dict[str, Any]) -> PeftConfig:
 def _spectral_r(targets: list[str], options: dict[str, Any]) -> PeftConfig:
     from spectral_adapters.peft import SpectralAdapterRConfig
 
-    r = options.pop("rank", 8)
-    return SpectralAdapterRConfig(target_modules=targets, r=r, **options)
+    return SpectralAdapterRConfig(target_modules=targets, r=options.pop("rank"), **options)
 
 
 def _lidb(targets: list[str], options: dict[str, Any]) -> PeftConfig:
@@ -132,6 +138,16 @@ def target_modules(names: tuple[str, ...], unet: nn.Module) -> list[str]:
     if not found:
         raise UsageError(f"--target-modules {' '.join(names)}: the denoiser has no such modules")
     return sorted(set(found))
+
+
+def smallest_rank(targets: list[str], unet: nn.Module) -> int:
+    """The fewest singular values that a weight has of those whose names end in ``targets``."""
+    return min(
+        min(module.weight.flatten(1).shape)
+        for path, module in unet.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        and any(path == ending or path.endswith(f".{ending}") for ending in targets)
+    )
 
 
 def factor_sizes(tokens: tuple[str, ...]) -> dict[int, tuple[int, ...]]:

@@ -25,7 +25,7 @@ LEARNING_RATES = {
     "soda": 1e-2,
     "svdiff": 1e-2,
     "spectral-a": 2e-3,
-    "spectral-r": 1e-2,
+    "spectral-r": 1e-3,
     "lidb": 1e-2,
     "lora": 3e-3,
 }
@@ -165,7 +165,7 @@ class Settings:
     )
     rank: int | None = _option(
         None,
-        "rank, or number of singular triples (default: lora 4, spectral-a 4, spectral-r 8, lidb 1)",
+        "rank, or number of singular triples (default: lora, spectral-a 4, spectral-r 48, lidb 1)",
         group="method",
     )
     columns: str | None = _option(

@@ -184,8 +184,9 @@ def test_every_method_trains_and_loads(base, pictures, tmp_path, method):
 
 
 def test_r_turns_48_columns_or_as_many_as_there_are(base):
-    pipe = run.load_pipeline(Settings(base=str(base), images="x", output="y"))
-    settings = Settings(base=str(base), images="x", output="y", method="spectral-r")
+    given = {"base": str(base), "images": "x", "output": "y", "target_modules": ("text",)}
+    pipe = run.load_pipeline(Settings(**given))
+    settings = Settings(**given, method="spectral-r")
     shapes = [
         module.weight.shape
         for name, module in pipe.unet.named_modules()
@@ -196,7 +197,7 @@ def test_r_turns_48_columns_or_as_many_as_there_are(base):
     wide = torch.nn.ModuleDict({"to_k": linear, "to_v": conv})
     assert adapters.smallest_rank(["to_k"], wide) == 60
     assert adapters.smallest_rank(["to_k", "to_v"], wide) == 50
-    few = Settings(base=str(base), images="x", output="y", method="spectral-r", rank=3)
+    few = Settings(**given, method="spectral-r", rank=3)
     assert adapters.make_config(few, pipe.unet).r == 3
 
 

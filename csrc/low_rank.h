@@ -77,14 +77,130 @@ inline void check_basis(
     check_shape(right, "right", {left.size(1), right.size(1)});
 }
 
-inline std::tuple<at::Tensor, at::Tensor> low_rank_linear_fwd(
-    const at::Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
-    const at::Tensor& down, const at::Tensor& up, double scaling) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    const at::ScalarType type = x.scalar_type();
-    const at::Tensor thin = at::mm(flat(x), down.to(type).t());
-    scale_(thin, scaling);
-    return {onto(x, base, weight, bias, thin, up.to(type).t()), thin};
-}
+// The ops over ATen's products. What lies between these, passes over thin or small matrices, is the
+// argument Small:
+//
+//   rows(matrix, type): the transpose of a thin matrix [n, q];
+//   stacked(frozen, turn, shift, type): frozen [r, n] (or, with `turn`, [n, r]) above the transpose
+//   of shift [n, r];
+//   mix_shifted(product, singular_values, scaling): for every row [w, a] of 2r numbers
+//   [a * scale, (w + a) * scale], perhaps in place;
+//   tall_product(a, b, type): a^T b [n, q] from a [M, n] and b [M, q];
+//   scaled_columns(rotation, singular_values): rotation * S1 [r, r];
+//   rotated_middle(singular_values, left, right, scaling): scaling * (R_U S1 R_V^T - S1) [r, r],
+//   exactly zero for identities.
+template <typename Small>
+struct LowRank {
+    static std::tuple<at::Tensor, at::Tensor> low_rank_linear_fwd(
+        const at::Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
+        const at::Tensor& down, const at::Tensor& up, double scaling) {
+        const NoAutocast guard(c10::autocast_dispatch_keyset);
+        const at::ScalarType type = x.scalar_type();
+        const at::Tensor thin = at::mm(flat(x), down.to(type).t());
+        scale_(thin, scaling);
+        return {onto(x, base, weight, bias, thin, up.to(type).t()), thin};
+    }
+
+    static std::vector<at::Tensor> low_rank_linear_bwd(
+        const at::Tensor& grad, const at::Tensor& x, const Optional& weight, const at::Tensor& thin,
+        const at::Tensor& down, const at::Tensor& up, double scaling, bool needs_x,
+        bool needs_factors) {
+        const NoAutocast guard(c10::autocast_dispatch_keyset);
+        const at::ScalarType type = grad.scalar_type();
+        const at::Tensor flat_grad = flat(grad);
+        const at::Tensor h = at::mm(flat_grad, Small::rows(up, type).t());
+        scale_(h, scaling);
+        std::vector<at::Tensor> results(3);
+        if (needs_x) results[0] = grad_of_x(grad, weight, h, down.to(type));
+        if (needs_factors) {
+            results[1] = at::mm(h.t(), flat(x)).to(down.scalar_type());
+            results[2] = Small::tall_product(flat_grad, thin, up.scalar_type());
+        }
+        return filled(std::move(results), grad);
+    }
+
+    static std::tuple<at::Tensor, at::Tensor> spectral_a_linear_fwd(
+        const at::Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
+        const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
+        const at::Tensor& shift_left, const at::Tensor& shift_right, double scaling) {
+        const NoAutocast guard(c10::autocast_dispatch_keyset);
+        check_basis(left, singular_values, right);
+        check_shape(shift_left, "shift_left", left.sizes());
+        check_shape(shift_right, "shift_right", {right.size(1), right.size(0)});
+        const at::ScalarType type = x.scalar_type();
+        const at::Tensor product =
+            at::mm(flat(x), Small::stacked(right, false, shift_right, type).t());
+        const at::Tensor thin = Small::mix_shifted(product, singular_values, scaling);
+        return {
+            onto(x, base, weight, bias, thin, Small::stacked(left, true, shift_left, type)), thin};
+    }
+
+    static std::vector<at::Tensor> spectral_a_linear_bwd(
+        const at::Tensor& grad, const at::Tensor& x, const Optional& weight, const at::Tensor& thin,
+        const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
+        const at::Tensor& shift_left, const at::Tensor& shift_right, double scaling, bool needs_x,
+        bool needs_factors) {
+        const NoAutocast guard(c10::autocast_dispatch_keyset);
+        const at::ScalarType type = grad.scalar_type();
+        const std::int64_t r = singular_values.size(0);
+        const at::Tensor flat_grad = flat(grad);
+        const at::Tensor product =
+            at::mm(flat_grad, Small::stacked(left, true, shift_left, type).t());
+        const at::Tensor mixed = Small::mix_shifted(product, singular_values, scaling);
+        std::vector<at::Tensor> results(3);
+        if (needs_x) {
+            const at::Tensor down = Small::stacked(right, false, shift_right, type);
+            results[0] = grad_of_x(grad, weight, mixed, down);
+        }
+        if (needs_factors) {
+            results[1] =
+                Small::tall_product(flat_grad, thin.narrow(1, r, r), shift_left.scalar_type());
+            results[2] =
+                Small::tall_product(flat(x), mixed.narrow(1, r, r), shift_right.scalar_type());
+        }
+        return filled(std::move(results), grad);
+    }
+
+    static std::tuple<at::Tensor, at::Tensor> spectral_r_linear_fwd(
+        const at::Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
+        const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
+        const at::Tensor& rotation_left, const at::Tensor& rotation_right, double scaling) {
+        const NoAutocast guard(c10::autocast_dispatch_keyset);
+        check_basis(left, singular_values, right);
+        check_shape(rotation_left, "rotation_left", {left.size(1), left.size(1)});
+        check_shape(rotation_right, "rotation_right", {left.size(1), left.size(1)});
+        const at::ScalarType type = x.scalar_type();
+        const at::Tensor middle =
+            Small::rotated_middle(singular_values, rotation_left, rotation_right, scaling).to(type);
+        const at::Tensor thin = at::mm(flat(x), right.to(type).t());
+        return {onto(x, base, weight, bias, at::mm(thin, middle.t()), left.to(type).t()), thin};
+    }
+
+    static std::vector<at::Tensor> spectral_r_linear_bwd(
+        const at::Tensor& grad, const Optional& weight, const at::Tensor& thin,
+        const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
+        const at::Tensor& rotation_left, const at::Tensor& rotation_right, double scaling,
+        bool needs_x, bool needs_factors) {
+        const NoAutocast guard(c10::autocast_dispatch_keyset);
+        const at::ScalarType type = grad.scalar_type();
+        const at::Tensor h = at::mm(flat(grad), Small::rows(left, type).t());
+        std::vector<at::Tensor> results(3);
+        if (needs_x) {
+            const at::Tensor middle =
+                Small::rotated_middle(singular_values, rotation_left, rotation_right, scaling)
+                    .to(type);
+            results[0] = grad_of_x(grad, weight, at::mm(h, middle), right.to(type));
+        }
+        if (needs_factors) {
+            const at::Tensor grad_middle = at::mm(h.t(), thin).to(rotation_left.scalar_type());
+            scale_(grad_middle, scaling);
+            results[1] =
+                at::mm(grad_middle, Small::scaled_columns(rotation_right, singular_values));
+            results[2] =
+                at::mm(grad_middle.t(), Small::scaled_columns(rotation_left, singular_values));
+        }
+        return filled(std::move(results), grad);
+    }
+};
 
 }  // namespace spectral

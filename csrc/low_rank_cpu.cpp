@@ -20,208 +20,122 @@
 namespace spectral::cpu {
 namespace {
 
-// Writes the transpose of a contiguous matrix.
-template <typename T>
-void transpose_to(const at::Tensor& matrix, T* target) {
-    const std::int64_t rows = matrix.size(0), columns = matrix.size(1);
-    const T* const source = matrix.const_data_ptr<T>();
-    for (std::int64_t column = 0; column < columns; ++column) {
-        for (std::int64_t row = 0; row < rows; ++row) {
-            target[column * rows + row] = source[row * columns + column];
+struct Small {
+    // Writes the transpose of a contiguous matrix.
+    template <typename T>
+    static void transpose_to(const at::Tensor& matrix, T* target) {
+        const std::int64_t rows = matrix.size(0), columns = matrix.size(1);
+        const T* const source = matrix.const_data_ptr<T>();
+        for (std::int64_t column = 0; column < columns; ++column) {
+            for (std::int64_t row = 0; row < rows; ++row) {
+                target[column * rows + row] = source[row * columns + column];
+            }
         }
     }
-}
 
-// A transposed copy, contiguous, in the given type.
-at::Tensor transposed(const at::Tensor& matrix, at::ScalarType type) {
-    const at::Tensor source = matrix.contiguous().to(type);
-    const at::Tensor result = at::empty({source.size(1), source.size(0)}, source.options());
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "transposed", [&] {
-        transpose_to(source, result.mutable_data_ptr<scalar_t>());
-    });
-    return result;
-}
+    // A transposed copy, contiguous, in the given type.
+    static at::Tensor rows(const at::Tensor& matrix, at::ScalarType type) {
+        const at::Tensor source = matrix.contiguous().to(type);
+        const at::Tensor result = at::empty({source.size(1), source.size(0)}, source.options());
+        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "transposed", [&] {
+            transpose_to(source, result.mutable_data_ptr<scalar_t>());
+        });
+        return result;
+    }
 
-// Frozen [r, n] (or, with `turn`, [n, r]) above the transpose of shift [n, r]: [2r, n].
-at::Tensor stacked(
-    const at::Tensor& frozen, bool turn, const at::Tensor& shift, at::ScalarType type) {
-    const at::Tensor top = frozen.contiguous().to(type);
-    const at::Tensor bottom = shift.contiguous().to(type);
-    const std::int64_t n = bottom.size(0), r = bottom.size(1);
-    const at::Tensor result = at::empty({2 * r, n}, bottom.options());
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "stacked", [&] {
-        scalar_t* const target = result.mutable_data_ptr<scalar_t>();
-        if (turn) {
-            transpose_to(top, target);
-        } else {
-            const scalar_t* const source = top.const_data_ptr<scalar_t>();
-            std::copy(source, source + r * n, target);
-        }
-        transpose_to(bottom, target + r * n);
-    });
-    return result;
-}
+    // Frozen [r, n] (or, with `turn`, [n, r]) above the transpose of shift [n, r]: [2r, n].
+    static at::Tensor stacked(
+        const at::Tensor& frozen, bool turn, const at::Tensor& shift, at::ScalarType type) {
+        const at::Tensor top = frozen.contiguous().to(type);
+        const at::Tensor bottom = shift.contiguous().to(type);
+        const std::int64_t n = bottom.size(0), r = bottom.size(1);
+        const at::Tensor result = at::empty({2 * r, n}, bottom.options());
+        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "stacked", [&] {
+            scalar_t* const target = result.mutable_data_ptr<scalar_t>();
+            if (turn) {
+                transpose_to(top, target);
+            } else {
+                const scalar_t* const source = top.const_data_ptr<scalar_t>();
+                std::copy(source, source + r * n, target);
+            }
+            transpose_to(bottom, target + r * n);
+        });
+        return result;
+    }
 
-// In place, for every row [w, a] of 2r numbers: [a * scale, (w + a) * scale].
-void mix_shifted(const at::Tensor& product, const at::Tensor& singular_values, double scaling) {
-    const std::int64_t rows = product.size(0), r = product.size(1) / 2;
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, product.scalar_type(), "mix_shifted", [&] {
-            using Wide = at::opmath_type<scalar_t>;
-            const at::Tensor wide =
-                singular_values.to(c10::CppTypeToScalarType<Wide>::value).contiguous();
-            const Wide* const values = wide.const_data_ptr<Wide>();
-            scalar_t* row = product.mutable_data_ptr<scalar_t>();
-            for (std::int64_t i = 0; i < rows; ++i, row += 2 * r) {
-                for (std::int64_t j = 0; j < r; ++j) {
-                    const Wide scale = values[j] * static_cast<Wide>(scaling);
-                    const Wide whole = row[j], alone = row[r + j];
-                    row[j] = static_cast<scalar_t>(alone * scale);
-                    row[r + j] = static_cast<scalar_t>((whole + alone) * scale);
+    // In place, for every row [w, a] of 2r numbers: [a * scale, (w + a) * scale].
+    static at::Tensor mix_shifted(
+        const at::Tensor& product, const at::Tensor& singular_values, double scaling) {
+        const std::int64_t rows = product.size(0), r = product.size(1) / 2;
+        AT_DISPATCH_FLOATING_TYPES_AND2(
+            at::kHalf, at::kBFloat16, product.scalar_type(), "mix_shifted", [&] {
+                using Wide = at::opmath_type<scalar_t>;
+                const at::Tensor wide =
+                    singular_values.to(c10::CppTypeToScalarType<Wide>::value).contiguous();
+                const Wide* const values = wide.const_data_ptr<Wide>();
+                scalar_t* row = product.mutable_data_ptr<scalar_t>();
+                for (std::int64_t i = 0; i < rows; ++i, row += 2 * r) {
+                    for (std::int64_t j = 0; j < r; ++j) {
+                        const Wide scale = values[j] * static_cast<Wide>(scaling);
+                        const Wide whole = row[j], alone = row[r + j];
+                        row[j] = static_cast<scalar_t>(alone * scale);
+                        row[r + j] = static_cast<scalar_t>((whole + alone) * scale);
+                    }
                 }
+            });
+        return product;
+    }
+
+    // rotation * S1 [r, r]: its columns scaled.
+    static at::Tensor scaled_columns(
+        const at::Tensor& rotation, const at::Tensor& singular_values) {
+        const at::Tensor source = rotation.contiguous();
+        const at::Tensor scale = singular_values.to(source.scalar_type()).contiguous();
+        const std::int64_t r = source.size(0);
+        const at::Tensor result = at::empty({r, r}, source.options());
+        AT_DISPATCH_FLOATING_TYPES(source.scalar_type(), "scaled_columns", [&] {
+            const scalar_t* const from = source.const_data_ptr<scalar_t>();
+            const scalar_t* const values = scale.const_data_ptr<scalar_t>();
+            scalar_t* const to = result.mutable_data_ptr<scalar_t>();
+            for (std::int64_t i = 0; i < r; ++i) {
+                for (std::int64_t j = 0; j < r; ++j) to[i * r + j] = from[i * r + j] * values[j];
             }
         });
-}
+        return result;
+    }
 
-// rotation * S1 [r, r]: its columns scaled.
-at::Tensor scaled_columns(const at::Tensor& rotation, const at::Tensor& singular_values) {
-    const at::Tensor source = rotation.contiguous();
-    const at::Tensor scale = singular_values.to(source.scalar_type()).contiguous();
-    const std::int64_t r = source.size(0);
-    const at::Tensor result = at::empty({r, r}, source.options());
-    AT_DISPATCH_FLOATING_TYPES(source.scalar_type(), "scaled_columns", [&] {
-        const scalar_t* const from = source.const_data_ptr<scalar_t>();
-        const scalar_t* const values = scale.const_data_ptr<scalar_t>();
-        scalar_t* const to = result.mutable_data_ptr<scalar_t>();
-        for (std::int64_t i = 0; i < r; ++i) {
-            for (std::int64_t j = 0; j < r; ++j) to[i * r + j] = from[i * r + j] * values[j];
-        }
-    });
-    return result;
-}
+    // scaling * (R_U S1 R_V^T - S1) [r, r].
+    static at::Tensor rotated_middle(
+        const at::Tensor& singular_values, const at::Tensor& left, const at::Tensor& right,
+        double scaling) {
+        const at::Tensor middle = at::mm(scaled_columns(left, singular_values), right.t());
+        const at::Tensor values = singular_values.to(middle.scalar_type()).contiguous();
+        AT_DISPATCH_FLOATING_TYPES(middle.scalar_type(), "rotated_middle", [&] {
+            const std::int64_t r = middle.size(0);
+            const scalar_t* const diagonal = values.const_data_ptr<scalar_t>();
+            scalar_t* const entries = middle.mutable_data_ptr<scalar_t>();
+            for (std::int64_t i = 0; i < r; ++i) entries[i * r + i] -= diagonal[i];
+            for (std::int64_t i = 0; i < r * r; ++i) entries[i] *= static_cast<scalar_t>(scaling);
+        });
+        return middle;
+    }
 
-// scaling * (R_U S1 R_V^T - S1) [r, r].
-at::Tensor rotated_middle(
-    const at::Tensor& singular_values, const at::Tensor& left, const at::Tensor& right,
-    double scaling) {
-    const at::Tensor middle = at::mm(scaled_columns(left, singular_values), right.t());
-    const at::Tensor values = singular_values.to(middle.scalar_type()).contiguous();
-    AT_DISPATCH_FLOATING_TYPES(middle.scalar_type(), "rotated_middle", [&] {
-        const std::int64_t r = middle.size(0);
-        const scalar_t* const diagonal = values.const_data_ptr<scalar_t>();
-        scalar_t* const entries = middle.mutable_data_ptr<scalar_t>();
-        for (std::int64_t i = 0; i < r; ++i) entries[i * r + i] -= diagonal[i];
-        for (std::int64_t i = 0; i < r * r; ++i) entries[i] *= static_cast<scalar_t>(scaling);
-    });
-    return middle;
-}
+    // a^T b [n, q] from a [M, n] and b [M, q], in the type of a factor.
+    static at::Tensor tall_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
+        return rows(at::mm(b.t(), a), type);
+    }
+};
 
-// a^T b [n, q] from a [M, n] and b [M, q], in the type of a factor.
-at::Tensor tall_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
-    return transposed(at::mm(b.t(), a), type);
-}
+using Ops = LowRank<Small>;
 
 }  // namespace
-
-std::vector<at::Tensor> low_rank_linear_bwd(
-    const at::Tensor& grad, const at::Tensor& x, const Optional& weight, const at::Tensor& thin,
-    const at::Tensor& down, const at::Tensor& up, double scaling, bool needs_x,
-    bool needs_factors) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    const at::ScalarType type = grad.scalar_type();
-    const at::Tensor flat_grad = flat(grad);
-    const at::Tensor h = at::mm(flat_grad, transposed(up, type).t());
-    scale_(h, scaling);
-    std::vector<at::Tensor> results(3);
-    if (needs_x) results[0] = grad_of_x(grad, weight, h, down.to(type));
-    if (needs_factors) {
-        results[1] = at::mm(h.t(), flat(x)).to(down.scalar_type());
-        results[2] = tall_product(flat_grad, thin, up.scalar_type());
-    }
-    return filled(std::move(results), grad);
-}
-
-std::tuple<at::Tensor, at::Tensor> spectral_a_linear_fwd(
-    const at::Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
-    const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
-    const at::Tensor& shift_left, const at::Tensor& shift_right, double scaling) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    check_basis(left, singular_values, right);
-    check_shape(shift_left, "shift_left", left.sizes());
-    check_shape(shift_right, "shift_right", {right.size(1), right.size(0)});
-    const at::ScalarType type = x.scalar_type();
-    const at::Tensor thin = at::mm(flat(x), stacked(right, false, shift_right, type).t());
-    mix_shifted(thin, singular_values, scaling);
-    return {onto(x, base, weight, bias, thin, stacked(left, true, shift_left, type)), thin};
-}
-
-std::vector<at::Tensor> spectral_a_linear_bwd(
-    const at::Tensor& grad, const at::Tensor& x, const Optional& weight, const at::Tensor& thin,
-    const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
-    const at::Tensor& shift_left, const at::Tensor& shift_right, double scaling, bool needs_x,
-    bool needs_factors) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    const at::ScalarType type = grad.scalar_type();
-    const std::int64_t r = singular_values.size(0);
-    const at::Tensor flat_grad = flat(grad);
-    const at::Tensor mixed = at::mm(flat_grad, stacked(left, true, shift_left, type).t());
-    mix_shifted(mixed, singular_values, scaling);
-    std::vector<at::Tensor> results(3);
-    if (needs_x) {
-        const at::Tensor down = stacked(right, false, shift_right, type);
-        results[0] = grad_of_x(grad, weight, mixed, down);
-    }
-    if (needs_factors) {
-        results[1] = tall_product(flat_grad, thin.narrow(1, r, r), shift_left.scalar_type());
-        results[2] = tall_product(flat(x), mixed.narrow(1, r, r), shift_right.scalar_type());
-    }
-    return filled(std::move(results), grad);
-}
-
-std::tuple<at::Tensor, at::Tensor> spectral_r_linear_fwd(
-    const at::Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
-    const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
-    const at::Tensor& rotation_left, const at::Tensor& rotation_right, double scaling) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    check_basis(left, singular_values, right);
-    check_shape(rotation_left, "rotation_left", {left.size(1), left.size(1)});
-    check_shape(rotation_right, "rotation_right", {left.size(1), left.size(1)});
-    const at::ScalarType type = x.scalar_type();
-    const at::Tensor middle =
-        rotated_middle(singular_values, rotation_left, rotation_right, scaling).to(type);
-    const at::Tensor thin = at::mm(flat(x), right.to(type).t());
-    return {onto(x, base, weight, bias, at::mm(thin, middle.t()), left.to(type).t()), thin};
-}
-
-std::vector<at::Tensor> spectral_r_linear_bwd(
-    const at::Tensor& grad, const Optional& weight, const at::Tensor& thin, const at::Tensor& left,
-    const at::Tensor& singular_values, const at::Tensor& right, const at::Tensor& rotation_left,
-    const at::Tensor& rotation_right, double scaling, bool needs_x, bool needs_factors) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    const at::ScalarType type = grad.scalar_type();
-    const at::Tensor h = at::mm(flat(grad), transposed(left, type).t());
-    std::vector<at::Tensor> results(3);
-    if (needs_x) {
-        const at::Tensor middle =
-            rotated_middle(singular_values, rotation_left, rotation_right, scaling).to(type);
-        results[0] = grad_of_x(grad, weight, at::mm(h, middle), right.to(type));
-    }
-    if (needs_factors) {
-        const at::Tensor grad_middle = at::mm(h.t(), thin).to(rotation_left.scalar_type());
-        scale_(grad_middle, scaling);
-        results[1] = at::mm(grad_middle, scaled_columns(rotation_right, singular_values));
-        results[2] = at::mm(grad_middle.t(), scaled_columns(rotation_left, singular_values));
-    }
-    return filled(std::move(results), grad);
-}
-
 }  // namespace spectral::cpu
 
 TORCH_LIBRARY_IMPL(spectral, CPU, m) {
-    m.impl("low_rank_linear_fwd", &spectral::low_rank_linear_fwd);
-    m.impl("low_rank_linear_bwd", &spectral::cpu::low_rank_linear_bwd);
-    m.impl("spectral_a_linear_fwd", &spectral::cpu::spectral_a_linear_fwd);
-    m.impl("spectral_a_linear_bwd", &spectral::cpu::spectral_a_linear_bwd);
-    m.impl("spectral_r_linear_fwd", &spectral::cpu::spectral_r_linear_fwd);
-    m.impl("spectral_r_linear_bwd", &spectral::cpu::spectral_r_linear_bwd);
+    m.impl("low_rank_linear_fwd", &spectral::cpu::Ops::low_rank_linear_fwd);
+    m.impl("low_rank_linear_bwd", &spectral::cpu::Ops::low_rank_linear_bwd);
+    m.impl("spectral_a_linear_fwd", &spectral::cpu::Ops::spectral_a_linear_fwd);
+    m.impl("spectral_a_linear_bwd", &spectral::cpu::Ops::spectral_a_linear_bwd);
+    m.impl("spectral_r_linear_fwd", &spectral::cpu::Ops::spectral_r_linear_fwd);
+    m.impl("spectral_r_linear_bwd", &spectral::cpu::Ops::spectral_r_linear_bwd);
 }

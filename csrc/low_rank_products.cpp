@@ -15,157 +15,71 @@
 namespace spectral::products {
 namespace {
 
-// A rotation above this size is multiplied by cuBLAS.
-constexpr std::int64_t kMaxSmall = 64;
+struct Small {
+    // A rotation above this size is multiplied by cuBLAS.
+    static constexpr std::int64_t kMaxSummed = 64;
 
-at::ScalarType accumulation_type(at::ScalarType type) {
-    return type == at::kDouble ? at::kDouble : at::kFloat;
-}
+    static at::Tensor rows(const at::Tensor& matrix, at::ScalarType type) {
+        return matrix.to(type).t();
+    }
 
-// Frozen [r, n] above the transpose of shift [n, r]: [2r, n] in the given type.
-at::Tensor stacked(const at::Tensor& frozen, const at::Tensor& shift, at::ScalarType type) {
-    const std::int64_t r = frozen.size(0), n = frozen.size(1);
-    const at::Tensor result = at::empty({2 * r, n}, shift.options().dtype(type));
-    result.narrow(0, 0, r).copy_(frozen);
-    result.narrow(0, r, r).copy_(shift.t());
-    return result;
-}
+    static at::Tensor stacked(
+        const at::Tensor& frozen, bool turn, const at::Tensor& shift, at::ScalarType type) {
+        const std::int64_t n = shift.size(0), r = shift.size(1);
+        const at::Tensor result = at::empty({2 * r, n}, shift.options().dtype(type));
+        result.narrow(0, 0, r).copy_(turn ? frozen.t() : frozen);
+        result.narrow(0, r, r).copy_(shift.t());
+        return result;
+    }
 
-// S1 * scaling in the type that products of the given type accumulate in.
-at::Tensor scaled_values(const at::Tensor& singular_values, double scaling, at::ScalarType type) {
-    const at::Tensor values = singular_values.to(accumulation_type(type));
-    return scaling == 1 ? values : at::mul(values, scaling);
-}
+    static at::Tensor mix_shifted(
+        const at::Tensor& product, const at::Tensor& singular_values, double scaling) {
+        const at::ScalarType type = product.scalar_type();
+        at::Tensor scale = singular_values.to(type == at::kDouble ? type : at::kFloat);
+        if (scaling != 1) scale = at::mul(scale, scaling);
+        const std::int64_t r = product.size(1) / 2;
+        const at::Tensor result = at::empty_like(product), alone = product.narrow(1, r, r);
+        at::Tensor first = result.narrow(1, 0, r), second = result.narrow(1, r, r);
+        at::mul_out(first, alone, scale);
+        at::add_out(second, product.narrow(1, 0, r), alone).mul_(scale);
+        return result;
+    }
 
-// For every row [w, a] of 2r numbers: [a * scale, (w + a) * scale].
-at::Tensor mix_shifted(const at::Tensor& product, const at::Tensor& scale) {
-    const std::int64_t r = product.size(1) / 2;
-    const at::Tensor result = at::empty_like(product);
-    const at::Tensor alone = product.narrow(1, r, r);
-    at::Tensor first = result.narrow(1, 0, r), second = result.narrow(1, r, r);
-    at::mul_out(first, alone, scale);
-    at::add_out(second, product.narrow(1, 0, r), alone).mul_(scale);
-    return result;
-}
+    static at::Tensor tall_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
+        return at::mm(a.t(), b).to(type);
+    }
 
-// scaling * (R_U S1 R_V^T - S1) [r, r]; exactly zero for identities, also where cuBLAS may use
-// TF32.
-at::Tensor rotated_middle(
-    const at::Tensor& singular_values, const at::Tensor& left, const at::Tensor& right,
-    double scaling) {
-    const at::Tensor values = singular_values.to(left.scalar_type());
-    const at::Tensor scaled = at::mul(left, values);
-    at::Tensor middle = left.size(0) <= kMaxSmall
-                            ? at::mul(scaled.unsqueeze(1), right.unsqueeze(0)).sum(-1)
-                            : at::mm(scaled, right.t());
-    middle.diagonal().sub_(values);
-    scale_(middle, scaling);
-    return middle;
-}
+    static at::Tensor scaled_columns(
+        const at::Tensor& rotation, const at::Tensor& singular_values) {
+        return at::mul(rotation, singular_values.to(rotation.scalar_type()));
+    }
+
+    // Small ones by a sum: exact for identities also where cuBLAS may use TF32.
+    static at::Tensor rotated_middle(
+        const at::Tensor& singular_values, const at::Tensor& left, const at::Tensor& right,
+        double scaling) {
+        const at::Tensor scaled = scaled_columns(left, singular_values);
+        const at::Tensor middle = left.size(0) <= kMaxSummed
+                                      ? at::mul(scaled.unsqueeze(1), right.unsqueeze(0)).sum(-1)
+                                      : at::mm(scaled, right.t());
+        middle.diagonal().sub_(singular_values.to(left.scalar_type()));
+        scale_(middle, scaling);
+        return middle;
+    }
+};
+
+using Ops = LowRank<Small>;
 
 }  // namespace
-
-std::vector<at::Tensor> low_rank_linear_bwd(
-    const at::Tensor& grad, const at::Tensor& x, const Optional& weight, const at::Tensor& thin,
-    const at::Tensor& down, const at::Tensor& up, double scaling, bool needs_x,
-    bool needs_factors) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    const at::ScalarType type = grad.scalar_type();
-    const at::Tensor flat_grad = flat(grad);
-    const at::Tensor h = at::mm(flat_grad, up.to(type));
-    scale_(h, scaling);
-    std::vector<at::Tensor> results(3);
-    if (needs_x) results[0] = grad_of_x(grad, weight, h, down.to(type));
-    if (needs_factors) {
-        results[1] = at::mm(h.t(), flat(x)).to(down.scalar_type());
-        results[2] = at::mm(flat_grad.t(), thin).to(up.scalar_type());
-    }
-    return filled(std::move(results), grad);
-}
-
-std::tuple<at::Tensor, at::Tensor> spectral_a_linear_fwd(
-    const at::Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
-    const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
-    const at::Tensor& shift_left, const at::Tensor& shift_right, double scaling) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    check_basis(left, singular_values, right);
-    check_shape(shift_left, "shift_left", left.sizes());
-    check_shape(shift_right, "shift_right", {right.size(1), right.size(0)});
-    const at::ScalarType type = x.scalar_type();
-    const at::Tensor product = at::mm(flat(x), stacked(right, shift_right, type).t());
-    const at::Tensor thin = mix_shifted(product, scaled_values(singular_values, scaling, type));
-    return {onto(x, base, weight, bias, thin, stacked(left.t(), shift_left, type)), thin};
-}
-
-std::vector<at::Tensor> spectral_a_linear_bwd(
-    const at::Tensor& grad, const at::Tensor& x, const Optional& weight, const at::Tensor& thin,
-    const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
-    const at::Tensor& shift_left, const at::Tensor& shift_right, double scaling, bool needs_x,
-    bool needs_factors) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    const at::ScalarType type = grad.scalar_type();
-    const std::int64_t r = singular_values.size(0);
-    const at::Tensor flat_grad = flat(grad);
-    const at::Tensor product = at::mm(flat_grad, stacked(left.t(), shift_left, type).t());
-    const at::Tensor mixed = mix_shifted(product, scaled_values(singular_values, scaling, type));
-    std::vector<at::Tensor> results(3);
-    if (needs_x) {
-        results[0] = grad_of_x(grad, weight, mixed, stacked(right, shift_right, type));
-    }
-    if (needs_factors) {
-        results[1] = at::mm(flat_grad.t(), thin.narrow(1, r, r)).to(shift_left.scalar_type());
-        results[2] = at::mm(flat(x).t(), mixed.narrow(1, r, r)).to(shift_right.scalar_type());
-    }
-    return filled(std::move(results), grad);
-}
-
-std::tuple<at::Tensor, at::Tensor> spectral_r_linear_fwd(
-    const at::Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
-    const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
-    const at::Tensor& rotation_left, const at::Tensor& rotation_right, double scaling) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    check_basis(left, singular_values, right);
-    check_shape(rotation_left, "rotation_left", {left.size(1), left.size(1)});
-    check_shape(rotation_right, "rotation_right", {left.size(1), left.size(1)});
-    const at::ScalarType type = x.scalar_type();
-    const at::Tensor middle =
-        rotated_middle(singular_values, rotation_left, rotation_right, scaling).to(type);
-    const at::Tensor thin = at::mm(flat(x), right.to(type).t());
-    return {onto(x, base, weight, bias, at::mm(thin, middle.t()), left.to(type).t()), thin};
-}
-
-std::vector<at::Tensor> spectral_r_linear_bwd(
-    const at::Tensor& grad, const Optional& weight, const at::Tensor& thin, const at::Tensor& left,
-    const at::Tensor& singular_values, const at::Tensor& right, const at::Tensor& rotation_left,
-    const at::Tensor& rotation_right, double scaling, bool needs_x, bool needs_factors) {
-    const NoAutocast guard(c10::autocast_dispatch_keyset);
-    const at::ScalarType type = grad.scalar_type();
-    const at::Tensor h = at::mm(flat(grad), left.to(type));
-    std::vector<at::Tensor> results(3);
-    if (needs_x) {
-        const at::Tensor middle =
-            rotated_middle(singular_values, rotation_left, rotation_right, scaling).to(type);
-        results[0] = grad_of_x(grad, weight, at::mm(h, middle), right.to(type));
-    }
-    if (needs_factors) {
-        const at::Tensor grad_middle = at::mm(h.t(), thin).to(rotation_left.scalar_type());
-        scale_(grad_middle, scaling);
-        const at::Tensor values = singular_values.to(rotation_left.scalar_type());
-        results[1] = at::mm(grad_middle, at::mul(rotation_right, values));
-        results[2] = at::mm(grad_middle.t(), at::mul(rotation_left, values));
-    }
-    return filled(std::move(results), grad);
-}
-
 }  // namespace spectral::products
 
 TORCH_LIBRARY_IMPL(spectral, CUDA, m) {
-    m.impl("low_rank_linear_fwd", &spectral::low_rank_linear_fwd);
-    m.impl("low_rank_linear_bwd", &spectral::products::low_rank_linear_bwd);
-    m.impl("spectral_a_linear_fwd", &spectral::products::spectral_a_linear_fwd);
-    m.impl("spectral_a_linear_bwd", &spectral::products::spectral_a_linear_bwd);
-    m.impl("spectral_r_linear_fwd", &spectral::products::spectral_r_linear_fwd);
-    m.impl("spectral_r_linear_bwd", &spectral::products::spectral_r_linear_bwd);
+    m.impl("low_rank_linear_fwd", &spectral::products::Ops::low_rank_linear_fwd);
+    m.impl("low_rank_linear_bwd", &spectral::products::Ops::low_rank_linear_bwd);
+    m.impl("spectral_a_linear_fwd", &spectral::products::Ops::spectral_a_linear_fwd);
+    m.impl("spectral_a_linear_bwd", &spectral::products::Ops::spectral_a_linear_bwd);
+    m.impl("spectral_r_linear_fwd", &spectral::products::Ops::spectral_r_linear_fwd);
+    m.impl("spectral_r_linear_bwd", &spectral::products::Ops::spectral_r_linear_bwd);
 }
 
 TORCH_LIBRARY_FRAGMENT(spectral_products, m) {
@@ -175,29 +89,29 @@ TORCH_LIBRARY_FRAGMENT(spectral_products, m) {
     define(
         "low_rank_linear_fwd(Tensor x, Tensor? base, Tensor? weight, Tensor? bias, Tensor down, "
         "Tensor up, float scaling) -> (Tensor, Tensor)",
-        &spectral::low_rank_linear_fwd);
+        &spectral::products::Ops::low_rank_linear_fwd);
     define(
         "low_rank_linear_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor thin, Tensor down, "
         "Tensor up, float scaling, bool needs_x, bool needs_factors) -> Tensor[]",
-        &spectral::products::low_rank_linear_bwd);
+        &spectral::products::Ops::low_rank_linear_bwd);
     define(
         "spectral_a_linear_fwd(Tensor x, Tensor? base, Tensor? weight, Tensor? bias, Tensor left, "
         "Tensor singular_values, Tensor right, Tensor shift_left, Tensor shift_right, "
         "float scaling) -> (Tensor, Tensor)",
-        &spectral::products::spectral_a_linear_fwd);
+        &spectral::products::Ops::spectral_a_linear_fwd);
     define(
         "spectral_a_linear_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor thin, Tensor left, "
         "Tensor singular_values, Tensor right, Tensor shift_left, Tensor shift_right, "
         "float scaling, bool needs_x, bool needs_factors) -> Tensor[]",
-        &spectral::products::spectral_a_linear_bwd);
+        &spectral::products::Ops::spectral_a_linear_bwd);
     define(
         "spectral_r_linear_fwd(Tensor x, Tensor? base, Tensor? weight, Tensor? bias, Tensor left, "
         "Tensor singular_values, Tensor right, Tensor rotation_left, Tensor rotation_right, "
         "float scaling) -> (Tensor, Tensor)",
-        &spectral::products::spectral_r_linear_fwd);
+        &spectral::products::Ops::spectral_r_linear_fwd);
     define(
         "spectral_r_linear_bwd(Tensor grad, Tensor? weight, Tensor thin, Tensor left, "
         "Tensor singular_values, Tensor right, Tensor rotation_left, Tensor rotation_right, "
         "float scaling, bool needs_x, bool needs_factors) -> Tensor[]",
-        &spectral::products::spectral_r_linear_bwd);
+        &spectral::products::Ops::spectral_r_linear_bwd);
 }

@@ -285,9 +285,11 @@ def _plots(
     first = metrics[0]
     budgets = sorted({r.budget for r in results if r.budget})
     if len(budgets) > 1:
-        name = f"results_{task.name}_budgets.png"
-        _budget_plot(task, results, first, images / name)
-        parts.append(f"![{first.label} by budget](images/{name})\n")
+        sized = [r.method for r in results if r.budget and r.trained]
+        if len(sized) > len(set(sized)):  # some method has a line
+            name = f"results_{task.name}_budgets.png"
+            _budget_plot(task, results, first, images / name)
+            parts.append(f"![{first.label} by budget](images/{name})\n")
         parts.append(_grid(results, first, budgets))
     if any(curve for result in results for curve in result.curves):
         name = f"results_{task.name}_curves.png"

@@ -615,6 +615,11 @@ def main() -> int:
     print(json.dumps(conditions))
     document: Document = {"entries": [], "kernels": {}, "ops": {}, "sections": {}}
     end = time.monotonic() + 60 * arguments.minutes
+    path: Path | None = None
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        device = conditions["machine"].get("gpu", "cpu") if arguments.device == "cuda" else "cpu"
+        path = arguments.output / f"gpu_bench_{report.slug(device)}.json"
     for name, limit in SECTIONS.items():
         left = end - time.monotonic()
         if arguments.smoke:
@@ -626,17 +631,15 @@ def main() -> int:
         print(f"{name}: {part['sections'].get(name)}", flush=True)
         for key, found in part.items():
             document[key] = document[key] + found if key == "entries" else document[key] | found
+        if path is not None:  # now: whoever started this may end it at any time
+            so_far = {"date": report.now(), **conditions, **document}
+            path.write_text(json.dumps(so_far, indent=1) + "\n")
 
     print(f"\n{table(document)}\n")
     verdicts = report.verdicts_of(document["entries"])
     if verdicts:
         print(f"targets: {report.targets(verdicts)}")
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        device = conditions["machine"].get("gpu", "cpu") if arguments.device == "cuda" else "cpu"
-        path = arguments.output / f"gpu_bench_{report.slug(device)}.json"
-        document = {"date": report.now(), **conditions, **document}
-        path.write_text(json.dumps(document, indent=1) + "\n")
+    if path is not None:
         print(f"written to {path}")
     bad = [f"WRONG {line}" for line in wrong_ones(document)]
     bad += [f"{name} {state}" for name, state in document["sections"].items() if "failed" in state]

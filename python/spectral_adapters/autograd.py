@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from spectral_kernels.ops.kron import accumulation_dtype, gram_axis, rotate_axis
+from spectral_kernels.ops.kron import accumulation_dtype, eager_op, gram_axis, rotate_axis
 from spectral_kernels.ops.low_rank import (
     flat,
     low_rank_linear_bwd_reference,
@@ -117,15 +117,11 @@ def _is_compiled_for(device: str) -> bool:
     return key is not None and has_kernel("spectral::soda_linear_fwd", key)
 
 
-def eager_kron(op: str, x: Tensor, *args: Any) -> Any:
-    """``kron_rotate`` or ``kron_gram`` of ``x`` inside a Function.
-
-    On a GPU, outside of compiled code, as products that C++ calls: a Triton kernel is faster, and
-    launching it from Python takes longer than it does.
-    """
-    if not torch.compiler.is_compiling() and x.is_cuda and _is_compiled_for("cuda"):
-        return raw(getattr(torch.ops.spectral_products, op), x, *args)
-    return raw(getattr(_ops, op), x, *args)
+def eager_kron(name: str, x: Tensor, *args: Any) -> Any:
+    """``kron_rotate`` or ``kron_gram`` of ``x`` inside a Function; when traced, the op itself."""
+    if torch.compiler.is_compiling():
+        return getattr(_ops, name)(x, *args)
+    return raw(eager_op(name, x.device.type), x, *args)
 
 
 class CayleyFunction(torch.autograd.Function):

@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from spectral_adapters._validation import check_choice
-from spectral_adapters.autograd import eager_kron
+from spectral_kernels.ops.kron import eager_op
 
 PLANS = ("factored", "merged", "tokens")
 
@@ -256,7 +256,7 @@ def calibrate(
     factors = [torch.eye(size, device=device, dtype=small_dtype) for size in factor_sizes]
     small = torch.zeros(1, 4, device=device, dtype=dtype)
     small_factors = [torch.eye(2, device=device, dtype=small_dtype)] * 2
-    rotate, gram = partial(eager_kron, "kron_rotate"), partial(eager_kron, "kron_gram")
+    rotate, gram = (eager_op(name, device.type) for name in ("kron_rotate", "kron_gram"))
 
     gemm = _seconds(lambda: x @ weight, device) / (2 * n**3)
     operations = 2 * n * n * sum(factor_sizes)

@@ -5,7 +5,9 @@ Index order (docs/conventions.md): the first factor is outermost, ``i = (i1 * n2
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,19 @@ def gram_axis(a: Tensor, b: Tensor, axis: int, dims: list[int]) -> Tensor:
         return torch.bmm(a, b.mT).sum(0)
     long = rows * after
     return a.transpose(0, 1).reshape(n, long) @ b.transpose(0, 1).reshape(n, long).mT
+
+
+@lru_cache
+def eager_op(name: str, device: str) -> Any:
+    """The op ``kron_rotate`` or ``kron_gram`` as eager code on a type of device should call it.
+
+    On a GPU as products that C++ calls, if the extension has them: a Triton kernel is faster, and
+    launching it from Python takes longer than it does.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if device == "cuda" and has_kernel("spectral::soda_linear_fwd", "CUDA"):
+        return getattr(torch.ops.spectral_products, name)
+    return getattr(torch.ops.spectral, name)
 
 
 def kron_rotate_reference(

@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 from peft import TaskType
 from support import randomise
 from test_training import RANDOM, adapted, batches
-from two_processes import SAME, Traffic, run_together
+from two_processes import SAME, Traffic, leave_together, run_together
 
 from spectral_adapters import RotationBank, SODALinear
 from spectral_adapters.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -162,8 +162,7 @@ def worker(folder, rank):
             result = go_on(name, layout, place / source)
             if rank == 0:
                 save_file(result, place / f"{layout} from {source}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 @pytest.fixture(scope="module")

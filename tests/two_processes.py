@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from typing import ClassVar
 
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -47,6 +48,19 @@ def run_together(commands, folder):
     said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(len(commands)))
     assert set(codes) == {0}, f"exit codes {codes} (None: killed, {TIMEOUT} s at most)\n{said}"
     return said
+
+
+def leave_together():
+    """End a process of a group when all are through.
+
+    Not by the interpreter's end: a thread of the group's that still runs there has aborted a
+    process whose work was done.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class Traffic(TorchDispatchMode):

@@ -1,6 +1,6 @@
 // spectral::rotated_linear_fwd and _bwd, soda_linear_fwd and _bwd for CUDA: nothing but ATen's
 // products, so it is compiled with or without CUDA. `spectral_products` has the same functions for
-// every device, for tests.
+// every device: the Kronecker ones are what eager code calls on a GPU, the others are for tests.
 #include <torch/library.h>
 
 #include <cstdint>

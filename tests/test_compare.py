@@ -294,6 +294,9 @@ def test_a_rate_is_chosen_by_the_mean_over_the_sweeps(toy, tmp_path, monkeypatch
     assert [r["rate"] for r in records[before:] if r["kind"] == "final"] == [3e-2] * 3
     (result,) = results_of(plan, plan.tasks["toy"], records)
     assert result.rate == 3e-2 and len(result.values["score"]) == 3
+    # A plan with one sweep goes by its own, on the same records.
+    (result,) = results_of(alone, alone.tasks["toy"], records)
+    assert result.rate == 1e-3 and run_cell(cells_of(alone)[0], alone.rates, tmp_path) == (True, 0)
 
 
 def test_other_settings_are_other_runs(toy, tmp_path):

@@ -17,6 +17,11 @@ RECORDS = "runs.jsonl"
 #: What tells runs apart.
 KEY = ("task", "digest", "method", "budget", "kind", "rate", "seed")
 
+#: The seed of the runs that choose learning rates; not one of those that count. Where a task has
+#: more than one sweep, the others have the seeds from 101 on.
+SWEEP_SEED = 0
+FURTHER_SWEEPS = 101
+
 Record = dict[str, Any]
 
 
@@ -62,6 +67,11 @@ def latest(records: Iterable[Record]) -> dict[tuple[Any, ...], Record]:
     return {key_of(record): record for record in records}
 
 
+def sweep_seeds(task: PlannedTask) -> list[int]:
+    """The seeds that a learning rate is tried with."""
+    return [SWEEP_SEED, *range(FURTHER_SWEEPS, FURTHER_SWEEPS + task.sweeps - 1)]
+
+
 def chosen_rate(task: PlannedTask, records: Iterable[Record]) -> float | None:
     """The learning rate that the sweeps of a cell chose; None where there is none.
 
@@ -70,7 +80,8 @@ def chosen_rate(task: PlannedTask, records: Iterable[Record]) -> float | None:
     """
     worth: dict[float, dict[int, float]] = {}
     for record in records:
-        if record["kind"] == "sweep" and record.get("trained") is not None:
+        is_planned = record["kind"] == "sweep" and record["seed"] in sweep_seeds(task)
+        if is_planned and record.get("trained") is not None:
             worth.setdefault(record["rate"], {})[record["seed"]] = worth_of(task, record)
     if not worth:
         return None

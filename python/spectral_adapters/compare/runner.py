@@ -28,20 +28,17 @@ from torch import nn
 from spectral_adapters.compare.methods import BASE, FULL, LABELS, Schedule, Tuned, tune
 from spectral_adapters.compare.plan import START, Plan, PlannedTask
 from spectral_adapters.compare.records import (
+    SWEEP_SEED,
     Record,
     append_record,
     chosen_rate,
     key_of,
     latest,
     read_records,
+    sweep_seeds,
     worth_of,
 )
 from spectral_adapters.compare.tasks import Task, make_task
-
-#: The seed of the runs that choose learning rates; not one of those that count. Where a task has
-#: more than one sweep, the others have the seeds from 101 on.
-SWEEP_SEED = 0
-FURTHER_SWEEPS = 101
 
 
 @dataclass(frozen=True)
@@ -233,11 +230,6 @@ def run_cell(
         if state.run("final", rates[best], seed) is None:
             return False, state.runs
     return True, state.runs
-
-
-def sweep_seeds(task: PlannedTask) -> list[int]:
-    """The seeds that a learning rate is tried with."""
-    return [SWEEP_SEED, *range(FURTHER_SWEEPS, FURTHER_SWEEPS + task.sweeps - 1)]
 
 
 def prepare(task: Task, method: str, budget: int, seed: int) -> Tuned | None:

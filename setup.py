@@ -52,6 +52,8 @@ CUDA_SOURCES = (
     "csrc/kron_gram_cuda.cu",
     "csrc/kron_rotate_cuda.cu",
     "csrc/kron_tensor_core_binding.cpp",
+    "csrc/low_rank_cuda.cu",
+    "csrc/low_rank_kernels_binding.cpp",
 )
 HEADERS = tuple(
     f"csrc/{name}"
@@ -72,6 +74,10 @@ HEADERS = tuple(
         "kron_rotate_cuda.h",
         "kron_tensor_core.h",
         "low_rank.h",
+        "low_rank_cuda.cuh",
+        "low_rank_cuda.h",
+        "low_rank_kernels.h",
+        "new_kernels.h",
         "rotated_linear.h",
         "simd_level.h",
         "simd_matrix.h",

@@ -51,6 +51,7 @@ class Candidate:
         comparable: brings the step's tensors into the oracle's form, outside the timing.
         tolerance: largest error of any output, relative to that output's largest entry.
         held_bytes: what it keeps between steps beside the inputs, where that is of interest.
+        reset: goes back to where the oracle starts, for steps that change what they start from.
     """
 
     step: Step
@@ -58,6 +59,7 @@ class Candidate:
     comparable: Callable[[Tensors], Tensors] = _itself
     tolerance: float = TOLERANCES["float32"]
     held_bytes: int = 0
+    reset: Callable[[], None] | None = None
 
 
 class Unavailable(Exception):
@@ -88,6 +90,8 @@ def in_cuda_graph(provider: Callable[[Any], Candidate]) -> Callable[[Any], Candi
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=problem.graph_pool):
             outputs = candidate.step()
+        if candidate.reset is not None:
+            candidate.reset()
 
         def replay(_: Step = candidate.step) -> Tensors:  # with all that the recording reads
             graph.replay()
@@ -105,17 +109,17 @@ def in_cuda_graphs(
     return {name + IN_GRAPH: in_cuda_graph(provider) for name, provider in providers.items()}
 
 
-TENSOR_CORES = ", tensor cores"
+NEW_KERNELS = ", new kernels"
 
 
-def on_tensor_cores(provider: Callable[[Any], Candidate]) -> Callable[[Any], Candidate]:
-    """The same step with rotations and their sums on tensor cores, where sizes allow it."""
+def with_new_kernels(provider: Callable[[Any], Candidate]) -> Callable[[Any], Candidate]:
+    """The same step with the CUDA kernels that are not in use by themselves yet."""
 
     def switched(problem: Any) -> Candidate:
         try:
             from spectral_kernels import _C
 
-            switch = _C._use_tensor_cores
+            switch = _C._use_new_kernels
         except (ImportError, AttributeError) as error:
             raise Unavailable("needs an extension with CUDA code") from error
         candidate = provider(problem)

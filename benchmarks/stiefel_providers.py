@@ -94,7 +94,14 @@ def ours(problem: StiefelProblem) -> Candidate:
     def comparable(factors: Tensors) -> Tensors:
         return [*factors, *(optimizer.state[p]["exp_avg"] for p in parameters)]
 
-    return Candidate(step, lambda: problem.expected, comparable)
+    @torch.no_grad()
+    def reset() -> None:
+        for parameter, factor in zip(parameters, problem.factors, strict=True):
+            parameter.copy_(factor)
+            for value in optimizer.state[parameter].values():
+                value.zero_()
+
+    return Candidate(step, lambda: problem.expected, comparable, reset=reset)
 
 
 def _plain(problem: StiefelProblem, step_all: Callable[[list[list[Tensor]]], None]) -> Candidate:

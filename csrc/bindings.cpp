@@ -11,7 +11,7 @@
 #if defined(SPECTRAL_WITH_CUDA)
 #include <cuda_runtime_api.h>
 
-#include "kron_tensor_core.h"
+#include "new_kernels.h"
 #endif
 
 namespace py = pybind11;
@@ -70,9 +70,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Switch the CPU kernels to a level of _simd_levels(), for tests; ValueError otherwise.");
 #if defined(SPECTRAL_WITH_CUDA)
     m.def(
-        "_use_tensor_cores", &spectral::tensor_core::turn_on, py::arg("on"),
-        "Whether SODA layers in bf16 rotate and sum on tensor cores where their sizes allow it; "
-        "off\n"
-        "until that has been measured.");
+        "_use_new_kernels", [](bool on) { spectral::new_kernels_are_on = on; }, py::arg("on"),
+        "Whether layers use the CUDA kernels that no GPU has run as they are now: SODA in bf16 on\n"
+        "tensor cores, and what lies between the products of A and R. Off at first.");
 #endif
 }

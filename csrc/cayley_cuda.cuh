@@ -40,15 +40,16 @@ static_assert(forward_shared_bytes(kMaxSharedForward) <= kSharedLimit);
 static_assert(backward_shared_bytes<float>(kMaxSharedBackward<float>) <= kSharedLimit);
 static_assert(backward_shared_bytes<double>(kMaxSharedBackward<double>) <= kSharedLimit);
 
-// What one launch is told, as a kernel parameter: 4 KiB is what every CUDA version passes.
-inline constexpr int kMaxBatches = 64;
+// What one launch is told, as a kernel parameter, of which CUDA passes 32,764 bytes since 12.1:
+// half the factors of an SDXL adapter, each of its own.
+inline constexpr int kMaxBatches = 560;
 struct Batches {
     Batch batch[kMaxBatches];
     // Thread blocks before batch i; entry `count` is the size of the grid.
     std::int32_t first_block[kMaxBatches + 1];
     std::int32_t count;
 };
-static_assert(sizeof(Batches) <= 4096);
+static_assert(sizeof(Batches) <= 32764);
 
 inline Batches make_batches(const Batch* first, std::int64_t count) {
     Batches batches{};

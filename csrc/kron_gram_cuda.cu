@@ -1,5 +1,6 @@
 // kron_gram's sums on tensor cores: every warp walks rows of its own, a block adds its warps' sums,
-// and a second kernel adds the blocks', in an order that is always the same.
+// and a second kernel adds the blocks', in an order that is always the same, and makes gradients of
+// them.
 #include <cuda_runtime_api.h>
 
 #include "kron_gram_cuda.cuh"
@@ -7,11 +8,11 @@
 namespace spectral::cuda {
 namespace {
 
-// Shared memory: the warps' tiles, or once those are done the block's sums; then scale and places.
+// Shared memory: the warps' tiles, or once those are done their sums; then scale and places.
 template <int P1, int P2>
 constexpr int first_bytes(int n1, int n2) {
     const int tiles = kGramWarps * static_cast<int>(sizeof(typename Gram<P1, P2>::Tiles));
-    const int sums = 4 * static_cast<int>(gram_length(n1, n2));
+    const int sums = kGramWarps * 4 * static_cast<int>(gram_length(n1, n2));
     return ((tiles > sums ? tiles : sums) + 15) / 16 * 16;
 }
 
@@ -42,11 +43,13 @@ __global__ void __launch_bounds__(32 * kGramWarps)
     DeviceWarp<typename Tile::Lane> self{lane, index};
     const auto* const a = static_cast<const Bits*>(problem.a);
     const auto* const b = static_cast<const Bits*>(problem.b);
+    auto* const scaled = static_cast<Bits*>(problem.scaled);
     const std::int64_t step = std::int64_t{kGramWarps} * problem.blocks;
     for (std::int64_t row = std::int64_t{kGramWarps} * blockIdx.x + warp; row < problem.rows;
          row += step) {
         Tile::load(
-            lane, index, a + row * width, b + row * width, scale, places, width, tiles[warp]);
+            lane, index, a + row * width, b + row * width, scale,
+            scaled == nullptr ? nullptr : scaled + row * width, places, width, tiles[warp]);
         self.meet();
         Tile::multiply(self, tiles[warp]);
         self.meet();
@@ -54,24 +57,29 @@ __global__ void __launch_bounds__(32 * kGramWarps)
 
     __syncthreads();
     auto* const sums = reinterpret_cast<float*>(shared);
-    for (int i = thread; i < length; i += 32 * kGramWarps) sums[i] = 0;
-    for (int turn = 0; turn < kGramWarps; ++turn) {
-        __syncthreads();
-        if (turn == warp) Tile::flush(lane, index, sums, n1, n2);
-    }
+    Tile::flush(lane, index, sums + warp * length, n1, n2);
     __syncthreads();
     float* const out = problem.partial + std::int64_t{blockIdx.x} * length;
-    for (int i = thread; i < length; i += 32 * kGramWarps) out[i] = sums[i];
+    for (int i = thread; i < length; i += 32 * kGramWarps) {
+        float sum = 0;
+        SPECTRAL_UNROLL
+        for (int turn = 0; turn < kGramWarps; ++turn) sum += sums[turn * length + i];
+        out[i] = sum;
+    }
 }
 
-__global__ void add_blocks_kernel(const GramProblem problem, int length) {
-    const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-    if (i >= length) return;
-    float sum = 0;
-    for (int block = 0; block < problem.blocks; ++block) {
-        sum += problem.partial[std::int64_t{block} * length + i];
-    }
-    problem.sums[i] = sum;
+__global__ void __launch_bounds__(Finish::kLength* Finish::kSplits)
+    finish_kernel(const GramProblem problem) {
+    __shared__ Finish::Parts parts;
+    const int thread = static_cast<int>(threadIdx.x);
+    const Finish finish(problem, static_cast<int>(blockIdx.x));
+    finish.add(parts, thread);
+    __syncthreads();
+    finish.join(parts, thread);
+    __syncthreads();
+    finish.multiply(parts, thread);
+    __syncthreads();
+    finish.store(parts, thread);
 }
 
 struct Launch {
@@ -102,7 +110,8 @@ int launch_gram(const GramProblem& problem, CUstream_st* stream) {
             with_tile(problem.n1, problem.n2, Launch{problem, length, stream});
         if (error != cudaSuccess) return error;
     }
-    add_blocks_kernel<<<(length + 127) / 128, 128, 0, stream>>>(problem, length);
+    finish_kernel<<<Finish::blocks(problem), Finish::kLength * Finish::kSplits, 0, stream>>>(
+        problem);
     return cudaGetLastError();
 }
 

@@ -55,9 +55,10 @@ struct Gram {
             for (float& sum : chunk) sum = 0;
     }
 
-    // One row of a and b into the tiles, and into the column sums. `places` are those of all pairs.
+    // One row of a and b into the tiles, and into the column sums; a * scale to `scaled` if that is
+    // wanted. `places` are those of all pairs.
     SPECTRAL_BOTH static void load(
-        Lane& lane, int index, const Bits* a, const Bits* b, const float* scale,
+        Lane& lane, int index, const Bits* a, const Bits* b, const float* scale, Bits* scaled,
         const std::uint16_t* places, int width, Tiles& tiles) {
         SPECTRAL_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -65,22 +66,27 @@ struct Gram {
             if (start >= width) continue;
             const Quad left = *reinterpret_cast<const Quad*>(a + start);
             const Quad right = *reinterpret_cast<const Quad*>(b + start);
+            Quad product;
             SPECTRAL_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int to = places[start / 2 + i];
-                Pair high = 0, low = 0;
+                Pair high = 0, low = 0, both = 0;
                 SPECTRAL_UNROLL
                 for (int half = 0; half < 2; ++half) {
                     const float x = widened(left.pair[i], half), y = widened(right.pair[i], half);
                     lane.column[chunk][2 * i + half] += x * y;
-                    const Split parts = split(y * scale[start + 2 * i + half]);
+                    const float factor = scale[start + 2 * i + half];
+                    const Split parts = split(y * factor);
                     high |= static_cast<Pair>(parts.high) << (16 * half);
                     low |= static_cast<Pair>(parts.low) << (16 * half);
+                    both |= static_cast<Pair>(rounded(x * factor)) << (16 * half);
                 }
+                product.pair[i] = both;
                 *reinterpret_cast<Pair*>(tiles.a + to) = left.pair[i];
                 *reinterpret_cast<Pair*>(tiles.high + to) = high;
                 *reinterpret_cast<Pair*>(tiles.low + to) = low;
             }
+            if (scaled != nullptr) *reinterpret_cast<Quad*>(scaled + start) = product;
         }
     }
 
@@ -133,22 +139,22 @@ struct Gram {
         }
     }
 
-    // Adds one warp's sums to the block's [gram_length].
+    // One warp's sums to its own [gram_length]. The Grams are turned: a column is read at once.
     SPECTRAL_BOTH static void flush(const Lane& lane, int index, float* sums, int n1, int n2) {
-        add<P1>(lane.first, index, sums, n1);
-        add<P2>(lane.second, index, sums + n1 * n1, n2);
+        put<P1>(lane.first, index, sums, n1);
+        put<P2>(lane.second, index, sums + n1 * n1, n2);
         float* const columns = sums + n1 * n1 + n2 * n2;
         SPECTRAL_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk) {
             const int start = 8 * (32 * chunk + index);
             if (start >= n1 * n2) continue;
             SPECTRAL_UNROLL
-            for (int i = 0; i < 8; ++i) columns[start + i] += lane.column[chunk][i];
+            for (int i = 0; i < 8; ++i) columns[start + i] = lane.column[chunk][i];
         }
     }
 
     template <int P>
-    SPECTRAL_BOTH static void add(
+    SPECTRAL_BOTH static void put(
         const float (&tiles)[P / 16][P / 8][4], int index, float* sums, int n) {
         SPECTRAL_UNROLL
         for (int p = 0; p < P / 16; ++p) {
@@ -158,10 +164,100 @@ struct Gram {
                 for (int i = 0; i < 4; ++i) {
                     const int row = 16 * p + index / 4 + (i < 2 ? 0 : 8);
                     const int column = 8 * q + 2 * (index % 4) + i % 2;
-                    if (row < n && column < n) sums[row * n + column] += tiles[p][q][i];
+                    if (row < n && column < n) sums[column * n + row] = tiles[p][q][i];
                 }
             }
         }
+    }
+};
+
+// Adds up what the blocks have, and multiplies a Gram by its factor: one column of a Gram, or
+// kLength column sums, by one block of kLength * kSplits threads in four steps. Every step is one
+// thread's, and all threads meet between two of them.
+struct Finish {
+    static constexpr int kLength = 64;
+    static constexpr int kSplits = 16;
+    static_assert(kLength >= kMaxGramFirst && kLength >= kMaxGramSecond);
+
+    // Shared memory of the block.
+    struct Parts {
+        float part[kSplits][kLength];
+        float column[kLength];
+    };
+
+    const GramProblem& problem;
+    int start;   // of what is added, in a block's share
+    int count;   // how many numbers
+    int column;  // of the Gram, or -1: column sums
+    const float* factor;
+    float* out;
+
+    static SPECTRAL_BOTH int blocks(const GramProblem& problem) {
+        const int width = problem.n1 * problem.n2;
+        return problem.n1 + problem.n2 + (width + kLength - 1) / kLength;
+    }
+
+    SPECTRAL_BOTH Finish(const GramProblem& given, int block) : problem(given) {
+        const int n1 = problem.n1, n2 = problem.n2, grams = n1 * n1 + n2 * n2;
+        if (block < n1) {
+            start = block * n1, count = n1, column = block;
+            factor = problem.first, out = problem.gram_first;
+        } else if (block < n1 + n2) {
+            column = block - n1;
+            start = n1 * n1 + column * n2, count = n2;
+            factor = problem.second, out = problem.gram_second;
+        } else {
+            const int first = (block - n1 - n2) * kLength;
+            const int rest = n1 * n2 - first;
+            start = grams + first, count = rest < kLength ? rest : kLength, column = -1;
+            factor = nullptr, out = problem.columns + first;
+        }
+    }
+
+    SPECTRAL_BOTH void add(Parts& parts, int thread) const {
+        const int i = thread % kLength, split = thread / kLength;
+        if (i >= count) return;
+        const int n1 = problem.n1, n2 = problem.n2;
+        const std::int64_t length = n1 * n1 + n2 * n2 + n1 * n2;
+        const float* const from = problem.partial + start + i;
+        float sum = 0;
+        SPECTRAL_UNROLL_BY(8)
+        for (int block = split; block < problem.blocks; block += kSplits) {
+            sum += from[block * length];
+        }
+        parts.part[split][i] = sum;
+    }
+
+    SPECTRAL_BOTH float total(const Parts& parts, int i) const {
+        float sum = 0;
+        SPECTRAL_UNROLL
+        for (int split = 0; split < kSplits; ++split) sum += parts.part[split][i];
+        return sum;
+    }
+
+    SPECTRAL_BOTH void join(Parts& parts, int thread) const {
+        if (thread < count) parts.column[thread] = total(parts, thread);
+    }
+
+    // Column `column` of R gram, or with `transpose` that row of gram^T R.
+    SPECTRAL_BOTH void multiply(Parts& parts, int thread) const {
+        const int i = thread % kLength, split = thread / kLength;
+        if (factor == nullptr || i >= count) return;
+        float sum = 0;
+        for (int p = split; p < count; p += kSplits) {
+            const int at = problem.transpose != 0 ? p * count + i : i * count + p;
+            sum += factor[at] * parts.column[p];
+        }
+        parts.part[split][i] = sum;
+    }
+
+    SPECTRAL_BOTH void store(const Parts& parts, int thread) const {
+        const int i = thread;
+        if (i >= count) return;
+        const float value = factor == nullptr ? parts.column[i] : total(parts, i);
+        const bool is_row = factor != nullptr && problem.transpose != 0;
+        const int at = column < 0 ? i : is_row ? column * count + i : i * count + column;
+        out[at] = value;
     }
 };
 

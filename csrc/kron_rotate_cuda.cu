@@ -2,6 +2,8 @@
 // memory and registers, and stores it.
 #include <cuda_runtime_api.h>
 
+#include <vector>
+
 #include "kron_rotate_cuda.cuh"
 
 namespace spectral::cuda {
@@ -82,10 +84,18 @@ struct Launch {
 }  // namespace
 
 DeviceFacts device_facts(int device) {
-    DeviceFacts facts{1, 0};
-    cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&facts.major, cudaDevAttrComputeCapabilityMajor, device);
-    return facts;
+    static const std::vector<DeviceFacts> all = [] {
+        int count = 0;
+        if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
+        std::vector<DeviceFacts> facts(count, DeviceFacts{1, 0});
+        for (int i = 0; i < count; ++i) {
+            cudaDeviceGetAttribute(&facts[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
+            cudaDeviceGetAttribute(&facts[i].major, cudaDevAttrComputeCapabilityMajor, i);
+        }
+        return facts;
+    }();
+    const bool is_known = device >= 0 && device < static_cast<int>(all.size());
+    return is_known ? all[device] : DeviceFacts{1, 0};
 }
 
 int launch_rotate(const RotateProblem& problem, CUstream_st* stream) {

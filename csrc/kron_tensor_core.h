@@ -9,20 +9,21 @@
 
 namespace spectral::tensor_core {
 
-// Whether the layers use them; they do not by themselves, until a GPU has shown that they are
-// faster.
-bool is_on();
-void turn_on(bool on);
-
 // Whether the kernels take rows like these: bf16 on a device of capability 8.0 or later, two
 // factors of sizes that fit. What they do is what the raw ops of these names do.
 bool takes(const at::Tensor& rows, at::IntArrayRef sizes);
 at::Tensor kron_rotate(
     const at::Tensor& x, at::TensorList factors, bool transpose,
     const std::optional<at::Tensor>& scale_before, const std::optional<at::Tensor>& scale_after);
-// The sums are views of one tensor.
 std::vector<at::Tensor> kron_gram(
     const at::Tensor& a, const at::Tensor& b, at::IntArrayRef dims,
     const std::optional<at::Tensor>& scale_b);
+
+// Rotates the rows of `h` in place if `rotates` says so; returns the column sums of h * x and, with
+// the Grams of h and x * scale, the gradients of the factors: R gram, or with `transpose` gram^T R;
+// and multiplies h by the scale. Three kernels. The factors are fp32, h contiguous.
+std::vector<at::Tensor> kron_gradients_(
+    const at::Tensor& h, bool rotates, at::TensorList factors, bool transpose, const at::Tensor& x,
+    const std::optional<at::Tensor>& scale);
 
 }  // namespace spectral::tensor_core

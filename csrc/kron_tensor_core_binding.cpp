@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "kron_gram_cuda.h"
@@ -14,8 +13,6 @@
 
 namespace spectral::tensor_core {
 namespace {
-
-std::atomic<bool> on{false};
 
 // Enough blocks to fill the device, and not more than there are rows for.
 std::int32_t block_count(const at::Tensor& rows, std::int64_t warps, std::int64_t each) {
@@ -68,10 +65,64 @@ void check_scale(const std::optional<at::Tensor>& scale, const char* name, std::
         " must have shape [", width, "]; got ", scale->sizes());
 }
 
-}  // namespace
+void check_as_many(
+    const at::Tensor& rows, const at::Tensor& others, const char* name, const char* of) {
+    TORCH_CHECK_VALUE(
+        rows.size(0) == others.size(0), name, " must have as many rows as ", of, "; got ",
+        rows.size(0), " and ", others.size(0));
+}
 
-bool is_on() { return on; }
-void turn_on(bool value) { on = value; }
+void launch_rotate(
+    const at::Tensor& x, const at::Tensor& y, const at::Tensor& first, const at::Tensor& second,
+    const at::Tensor& before, const at::Tensor& after, bool transpose) {
+    const cuda::RotateProblem problem{
+        x.const_data_ptr(),
+        y.mutable_data_ptr(),
+        data(first),
+        data(second),
+        data(before),
+        data(after),
+        x.size(0),
+        static_cast<std::int32_t>(first.size(0)),
+        static_cast<std::int32_t>(second.size(0)),
+        transpose,
+        block_count(x, cuda::kRotateWarps, 3)};
+    C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::launch_rotate(problem, stream_of(x))));
+}
+
+// Both Grams, each times its factor where there is one, and the column sums.
+std::vector<at::Tensor> launch_gram(
+    const at::Tensor& a, const at::Tensor& b, const at::Tensor& scale, at::IntArrayRef dims,
+    const at::Tensor& first, const at::Tensor& second, const at::Tensor& scaled, bool transpose) {
+    const std::int64_t n1 = dims[0], n2 = dims[1];
+    // What a block adds up at its end takes as long as a few rows.
+    constexpr std::int64_t kRowsPerWarp = 2;
+    const std::int32_t blocks = block_count(a, kRowsPerWarp * cuda::kGramWarps, 2);
+    const auto options = a.options().dtype(at::kFloat);
+    const at::Tensor partial = at::empty({blocks, cuda::gram_length(n1, n2)}, options);
+    std::vector<at::Tensor> sums{
+        at::empty({n1, n1}, options), at::empty({n2, n2}, options), at::empty({n1 * n2}, options)};
+    const cuda::GramProblem problem{
+        a.const_data_ptr(),
+        b.const_data_ptr(),
+        data(scale),
+        scaled.defined() ? scaled.mutable_data_ptr() : nullptr,
+        partial.mutable_data_ptr<float>(),
+        data(first),
+        data(second),
+        sums[0].mutable_data_ptr<float>(),
+        sums[1].mutable_data_ptr<float>(),
+        sums[2].mutable_data_ptr<float>(),
+        a.size(0),
+        static_cast<std::int32_t>(n1),
+        static_cast<std::int32_t>(n2),
+        blocks,
+        transpose};
+    C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::launch_gram(problem, stream_of(a))));
+    return sums;
+}
+
+}  // namespace
 
 bool takes(const at::Tensor& rows, at::IntArrayRef sizes) {
     return rows.is_cuda() && rows.scalar_type() == at::kBFloat16 && sizes.size() == 2 &&
@@ -91,19 +142,7 @@ at::Tensor kron_rotate(
     const at::Tensor rows = aligned(x), first = small(factors[0]), second = small(factors[1]);
     const at::Tensor before = small(scale_before), after = small(scale_after);
     const at::Tensor y = at::empty(x.sizes(), rows.options());
-    const cuda::RotateProblem problem{
-        rows.const_data_ptr(),
-        y.mutable_data_ptr(),
-        data(first),
-        data(second),
-        data(before),
-        data(after),
-        x.size(0),
-        static_cast<std::int32_t>(sizes[0]),
-        static_cast<std::int32_t>(sizes[1]),
-        transpose,
-        block_count(x, cuda::kRotateWarps, 3)};
-    C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::launch_rotate(problem, stream_of(x))));
+    launch_rotate(rows, y, first, second, before, after, transpose);
     return y;
 }
 
@@ -112,30 +151,32 @@ std::vector<at::Tensor> kron_gram(
     const std::optional<at::Tensor>& scale_b) {
     check_rows(a, "a", dims);
     check_rows(b, "b", dims);
-    TORCH_CHECK_VALUE(
-        a.size(0) == b.size(0), "b must have as many rows as a, ", a.size(0), "; got ", b.size(0));
+    check_as_many(a, b, "b", "a");
     check_scale(scale_b, "scale_b", a.size(1));
     const c10::cuda::CUDAGuard guard(a.device());
-    const at::Tensor left = aligned(a), right = aligned(b), scale = small(scale_b);
-    const std::int64_t n1 = dims[0], n2 = dims[1], length = cuda::gram_length(n1, n2);
-    const std::int32_t blocks = block_count(a, cuda::kGramWarps, 2);
-    const auto options = left.options().dtype(at::kFloat);
-    const at::Tensor partial = at::empty({blocks, length}, options);
-    const at::Tensor sums = at::empty({length}, options);
-    const cuda::GramProblem problem{
-        left.const_data_ptr(),
-        right.const_data_ptr(),
-        data(scale),
-        partial.mutable_data_ptr<float>(),
-        sums.mutable_data_ptr<float>(),
-        a.size(0),
-        static_cast<std::int32_t>(n1),
-        static_cast<std::int32_t>(n2),
-        blocks};
-    C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::launch_gram(problem, stream_of(a))));
-    return {
-        sums.narrow(0, 0, n1 * n1).view({n1, n1}), sums.narrow(0, n1 * n1, n2 * n2).view({n2, n2}),
-        sums.narrow(0, n1 * n1 + n2 * n2, n1 * n2)};
+    return launch_gram(
+        aligned(a), aligned(b), small(scale_b), dims, at::Tensor(), at::Tensor(), at::Tensor(),
+        false);
+}
+
+std::vector<at::Tensor> kron_gradients_(
+    const at::Tensor& h, bool rotates, at::TensorList factors, bool transpose, const at::Tensor& x,
+    const std::optional<at::Tensor>& scale) {
+    const std::vector<std::int64_t> sizes = sizes_of(factors);
+    check_rows(h, "h", sizes);
+    check_rows(x, "x", sizes);
+    check_as_many(x, h, "x", "h");
+    check_scale(scale, "scale", h.size(1));
+    const c10::cuda::CUDAGuard guard(h.device());
+    const at::Tensor rows = aligned(h);
+    TORCH_CHECK_VALUE(rows.is_same(h), "h must be contiguous and begin at 16 bytes");
+    const at::Tensor first = small(factors[0]), second = small(factors[1]);
+    if (rotates) launch_rotate(h, h, first, second, at::Tensor(), at::Tensor(), transpose);
+    const at::Tensor wide = small(scale);
+    std::vector<at::Tensor> results = launch_gram(
+        h, aligned(x), wide, sizes, first, second, wide.defined() ? h : at::Tensor(), transpose);
+    std::rotate(results.begin(), results.end() - 1, results.end());
+    return results;
 }
 
 }  // namespace spectral::tensor_core
@@ -149,13 +190,5 @@ TORCH_LIBRARY_FRAGMENT(spectral_products, m) {
 }
 TORCH_LIBRARY_IMPL(spectral_products, CUDA, m) {
     m.impl("kron_rotate_on_tensor_cores", &spectral::tensor_core::kron_rotate);
-    m.impl(
-        "kron_gram_on_tensor_cores",
-        [](const at::Tensor& a, const at::Tensor& b, at::IntArrayRef dims,
-           const std::optional<at::Tensor>& scale_b) {
-            std::vector<at::Tensor> sums = spectral::tensor_core::kron_gram(a, b, dims, scale_b);
-            // An op's results must not share memory.
-            for (at::Tensor& part : sums) part = part.clone();
-            return sums;
-        });
+    m.impl("kron_gram_on_tensor_cores", &spectral::tensor_core::kron_gram);
 }

@@ -60,6 +60,14 @@ inline at::Tensor grad_of_x(
     return result.addmm_(thin, down).view(shape);
 }
 
+// The gradients of rotations [r, r] from dN and the rotations' columns times S1.
+inline std::tuple<at::Tensor, at::Tensor> turned_by_products(
+    const at::Tensor& grad_middle, const at::Tensor& left_scaled, const at::Tensor& right_scaled,
+    double scaling) {
+    scale_(grad_middle, scaling);
+    return {at::mm(grad_middle, right_scaled), at::mm(grad_middle.t(), left_scaled)};
+}
+
 // Nothing [0] where no gradient was asked for.
 inline std::vector<at::Tensor> filled(std::vector<at::Tensor> results, const at::Tensor& like) {
     for (at::Tensor& result : results) {
@@ -81,14 +89,15 @@ inline void check_basis(
 // argument Small:
 //
 //   rows(matrix, type): the transpose of a thin matrix [n, q];
-//   stacked(frozen, turn, shift, type): frozen [r, n] (or, with `turn`, [n, r]) above the transpose
-//   of shift [n, r];
+//   stacked(right, shift_right, left, shift_left, type): right [r, in] above the transpose of
+//   shift_right [in, r], and the transposes of left and shift_left [out, r];
 //   mix_shifted(product, singular_values, scaling): for every row [w, a] of 2r numbers
 //   [a * scale, (w + a) * scale], perhaps in place;
 //   tall_product(a, b, type): a^T b [n, q] from a [M, n] and b [M, q];
-//   scaled_columns(rotation, singular_values): rotation * S1 [r, r];
-//   rotated_middle(singular_values, left, right, scaling): scaling * (R_U S1 R_V^T - S1) [r, r],
-//   exactly zero for identities.
+//   rotated_middle(singular_values, left, right, scaling, type): N = scaling * (R_U S1 R_V^T - S1)
+//   [r, r], exactly zero for identities;
+//   turned_grads(h, thin, singular_values, left, right, scaling): dR_U = scaling * dN R_V S1 and
+//   dR_V = scaling * dN^T R_U S1 [r, r] with dN = h^T thin, in the rotations' type.
 template <typename Small>
 struct LowRank {
     static std::tuple<at::Tensor, at::Tensor> low_rank_linear_fwd(
@@ -128,11 +137,10 @@ struct LowRank {
         check_shape(shift_left, "shift_left", left.sizes());
         check_shape(shift_right, "shift_right", {right.size(1), right.size(0)});
         const at::ScalarType type = x.scalar_type();
-        const at::Tensor product =
-            at::mm(flat(x), Small::stacked(right, false, shift_right, type).t());
+        const auto [down, up] = Small::stacked(right, shift_right, left, shift_left, type);
+        const at::Tensor product = at::mm(flat(x), down.t());
         const at::Tensor thin = Small::mix_shifted(product, singular_values, scaling);
-        return {
-            onto(x, base, weight, bias, thin, Small::stacked(left, true, shift_left, type)), thin};
+        return {onto(x, base, weight, bias, thin, up), thin};
     }
 
     static std::vector<at::Tensor> spectral_a_linear_bwd(
@@ -144,14 +152,11 @@ struct LowRank {
         const at::ScalarType type = grad.scalar_type();
         const std::int64_t r = singular_values.size(0);
         const at::Tensor flat_grad = flat(grad);
-        const at::Tensor product =
-            at::mm(flat_grad, Small::stacked(left, true, shift_left, type).t());
+        const auto [down, up] = Small::stacked(right, shift_right, left, shift_left, type);
+        const at::Tensor product = at::mm(flat_grad, up.t());
         const at::Tensor mixed = Small::mix_shifted(product, singular_values, scaling);
         std::vector<at::Tensor> results(3);
-        if (needs_x) {
-            const at::Tensor down = Small::stacked(right, false, shift_right, type);
-            results[0] = grad_of_x(grad, weight, mixed, down);
-        }
+        if (needs_x) results[0] = grad_of_x(grad, weight, mixed, down);
         if (needs_factors) {
             results[1] =
                 Small::tall_product(flat_grad, thin.narrow(1, r, r), shift_left.scalar_type());
@@ -171,7 +176,7 @@ struct LowRank {
         check_shape(rotation_right, "rotation_right", {left.size(1), left.size(1)});
         const at::ScalarType type = x.scalar_type();
         const at::Tensor middle =
-            Small::rotated_middle(singular_values, rotation_left, rotation_right, scaling).to(type);
+            Small::rotated_middle(singular_values, rotation_left, rotation_right, scaling, type);
         const at::Tensor thin = at::mm(flat(x), right.to(type).t());
         return {onto(x, base, weight, bias, at::mm(thin, middle.t()), left.to(type).t()), thin};
     }
@@ -186,18 +191,13 @@ struct LowRank {
         const at::Tensor h = at::mm(flat(grad), Small::rows(left, type).t());
         std::vector<at::Tensor> results(3);
         if (needs_x) {
-            const at::Tensor middle =
-                Small::rotated_middle(singular_values, rotation_left, rotation_right, scaling)
-                    .to(type);
+            const at::Tensor middle = Small::rotated_middle(
+                singular_values, rotation_left, rotation_right, scaling, type);
             results[0] = grad_of_x(grad, weight, at::mm(h, middle), right.to(type));
         }
         if (needs_factors) {
-            const at::Tensor grad_middle = at::mm(h.t(), thin).to(rotation_left.scalar_type());
-            scale_(grad_middle, scaling);
-            results[1] =
-                at::mm(grad_middle, Small::scaled_columns(rotation_right, singular_values));
-            results[2] =
-                at::mm(grad_middle.t(), Small::scaled_columns(rotation_left, singular_values));
+            std::tie(results[1], results[2]) = Small::turned_grads(
+                h, thin, singular_values, rotation_left, rotation_right, scaling);
         }
         return filled(std::move(results), grad);
     }

@@ -43,8 +43,15 @@ struct Small {
         return result;
     }
 
+    static std::tuple<at::Tensor, at::Tensor> stacked(
+        const at::Tensor& right, const at::Tensor& shift_right, const at::Tensor& left,
+        const at::Tensor& shift_left, at::ScalarType type) {
+        return {
+            one_stack(right, false, shift_right, type), one_stack(left, true, shift_left, type)};
+    }
+
     // Frozen [r, n] (or, with `turn`, [n, r]) above the transpose of shift [n, r]: [2r, n].
-    static at::Tensor stacked(
+    static at::Tensor one_stack(
         const at::Tensor& frozen, bool turn, const at::Tensor& shift, at::ScalarType type) {
         const at::Tensor top = frozen.contiguous().to(type);
         const at::Tensor bottom = shift.contiguous().to(type);
@@ -107,7 +114,7 @@ struct Small {
     // scaling * (R_U S1 R_V^T - S1) [r, r].
     static at::Tensor rotated_middle(
         const at::Tensor& singular_values, const at::Tensor& left, const at::Tensor& right,
-        double scaling) {
+        double scaling, at::ScalarType type) {
         const at::Tensor middle = at::mm(scaled_columns(left, singular_values), right.t());
         const at::Tensor values = singular_values.to(middle.scalar_type()).contiguous();
         AT_DISPATCH_FLOATING_TYPES(middle.scalar_type(), "rotated_middle", [&] {
@@ -117,7 +124,15 @@ struct Small {
             for (std::int64_t i = 0; i < r; ++i) entries[i * r + i] -= diagonal[i];
             for (std::int64_t i = 0; i < r * r; ++i) entries[i] *= static_cast<scalar_t>(scaling);
         });
-        return middle;
+        return middle.to(type);
+    }
+
+    static std::tuple<at::Tensor, at::Tensor> turned_grads(
+        const at::Tensor& h, const at::Tensor& thin, const at::Tensor& singular_values,
+        const at::Tensor& left, const at::Tensor& right, double scaling) {
+        return turned_by_products(
+            at::mm(h.t(), thin).to(left.scalar_type()), scaled_columns(left, singular_values),
+            scaled_columns(right, singular_values), scaling);
     }
 
     // a^T b [n, q] from a [M, n] and b [M, q], in the type of a factor.

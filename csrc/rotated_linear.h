@@ -6,6 +6,9 @@
 //   ops kron_rotate and kron_gram;
 //   is_fused(type): whether there is rotate_gram_(a, factors, transpose, b, scale_b), which rotates
 //   `a` in place, takes the sums, and multiplies `a` by the scale;
+//   has_gradients(h, x, factors): whether there is gradients_(h, rotates, factors, transpose, x,
+//   scale), which rotates h in place if it is to, takes the sums, multiplies h by the scale, and
+//   returns the column sums and the factors' gradients;
 //   kSumsShareMemory: whether the sums may be views of one tensor.
 #pragma once
 
@@ -40,11 +43,11 @@ struct RotatedLinear {
         return Kron::rotate(wide, factors, transpose, std::nullopt, std::nullopt).to(type);
     }
 
-    // h = dy (M Q), rotated among the tokens, with the sums kron_gram(h, x, dims, scale) where they
-    // are wanted; h is then multiplied by the scale if `scaled` says so.
+    // h = dy (M Q), rotated among the tokens; where they are wanted ds and dR_1, ..., dR_f, from
+    // the sums kron_gram(h, x, dims, scale). h is then multiplied by the scale if `scaled` says so.
     struct TurnedGradient {
         at::Tensor h;
-        std::vector<at::Tensor> sums;
+        std::vector<at::Tensor> gradients;
         bool scaled = false;
     };
 
@@ -54,27 +57,40 @@ struct RotatedLinear {
         at::TensorList factors) {
         const at::ScalarType type = flat_grad.scalar_type();
         TurnedGradient result{at::mm(flat_grad, matrix), {}, false};
-        if (rotates) {
-            if (needs_sums && Kron::is_fused(type)) {
-                result.sums = Kron::rotate_gram_(result.h, factors, transpose, flat_x, scale);
+        if (needs_sums && Kron::has_gradients(result.h, flat_x, factors)) {
+            result.gradients =
+                Kron::gradients_(result.h, rotates, factors, transpose, flat_x, scale);
+            if (scale.has_value()) {
+                result.gradients[0] = result.gradients[0].to(scale->scalar_type());
                 result.scaled = true;
-                return result;
             }
+            return result;
+        }
+        if (rotates && needs_sums && Kron::is_fused(type)) {
+            const std::vector<at::Tensor> sums =
+                Kron::rotate_gram_(result.h, factors, transpose, flat_x, scale);
+            result.gradients = gradients(sums, scale, transpose, factors);
+            result.scaled = true;
+            return result;
+        }
+        if (rotates) {
             result.h = Kron::rotate(result.h, factors, transpose, std::nullopt, std::nullopt);
         }
         if (needs_sums) {
             std::vector<std::int64_t> dims;
             for (const at::Tensor& factor : factors) dims.push_back(factor.size(0));
-            result.sums = Kron::gram(result.h, flat_x, dims, scale);
+            const std::vector<at::Tensor> sums = Kron::gram(result.h, flat_x, dims, scale);
+            result.gradients = gradients(sums, scale, transpose, factors);
         }
         return result;
     }
 
-    // Appends ds and dR_1, ..., dR_f to the results.
-    static void append_gradients(
-        std::vector<at::Tensor>& results, const std::vector<at::Tensor>& sums,
-        const Optional& scale, bool transpose, at::TensorList factors) {
+    // ds and dR_1, ..., dR_f from the Grams and the column sums.
+    static std::vector<at::Tensor> gradients(
+        const std::vector<at::Tensor>& sums, const Optional& scale, bool transpose,
+        at::TensorList factors) {
         const at::Tensor& columns = sums.back();
+        std::vector<at::Tensor> results;
         if (scale.has_value() && scale->scalar_type() != columns.scalar_type()) {
             results.push_back(columns.to(scale->scalar_type()));
         } else {
@@ -85,6 +101,7 @@ struct RotatedLinear {
             const at::Tensor gram = sums[i].to(factors[i].scalar_type());
             results.push_back(transpose ? at::mm(gram.t(), factors[i]) : at::mm(factors[i], gram));
         }
+        return results;
     }
 
     static std::tuple<at::Tensor, at::Tensor> rotated_linear_fwd(
@@ -115,14 +132,14 @@ struct RotatedLinear {
         bool needs_sums, at::TensorList factors) {
         const at::Tensor flat_grad = flat(grad), flat_x = flat(x);
         const at::ScalarType type = grad.scalar_type();
-        auto [h, sums, scaled] = turned_gradient(
+        auto [h, gradients, scaled] = turned_gradient(
             flat_grad, flat_x, rotated.has_value() ? *rotated : matrix.to(type),
             !rotated.has_value(), transpose, needs_sums, scale, factors);
         if (scale.has_value() && !scaled) h.mul_(*scale);
         if (subtract.has_value()) h = h - at::mm(flat_grad, subtract->to(type));
 
         std::vector<at::Tensor> results{h.view(x.sizes())};
-        if (needs_sums) append_gradients(results, sums, scale, transpose, factors);
+        results.insert(results.end(), gradients.begin(), gradients.end());
         return results;
     }
 
@@ -158,7 +175,7 @@ struct RotatedLinear {
         const at::Tensor basis = rotates               ? left.to(type)
                                  : rotated.has_value() ? rotated->to(type)
                                                        : rotate_matrix(left, factors, false, type);
-        auto [h, sums, scaled] =
+        auto [h, gradients, scaled] =
             turned_gradient(flat_grad, flat_z, basis, rotates, false, needs_sums, scale, factors);
         std::vector<at::Tensor> results;
         if (needs_x) {
@@ -172,7 +189,7 @@ struct RotatedLinear {
             shape.back() = right.size(1);
             results.push_back(at::mm(h, rows).view(shape));
         }
-        if (needs_sums) append_gradients(results, sums, scale, false, factors);
+        results.insert(results.end(), gradients.begin(), gradients.end());
         return results;
     }
 };

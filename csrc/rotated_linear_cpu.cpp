@@ -16,6 +16,14 @@ struct Kron {
 
     static constexpr bool kSumsShareMemory = true;
     static bool is_fused(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
+    static bool has_gradients(const at::Tensor&, const at::Tensor&, at::TensorList) {
+        return false;
+    }
+    static std::vector<at::Tensor> gradients_(
+        const at::Tensor&, bool, at::TensorList, bool, const at::Tensor&,
+        const std::optional<at::Tensor>&) {
+        return {};
+    }
 };
 
 using Layers = RotatedLinear<Kron>;

@@ -10,14 +10,26 @@
 #include "rotated_linear.h"
 #if defined(SPECTRAL_WITH_CUDA)
 #include "kron_tensor_core.h"
+#include "new_kernels.h"
 #endif
 
 namespace spectral::products {
 namespace {
 
 struct Kron {
+    static constexpr bool kSumsShareMemory = false;
+
 #if defined(SPECTRAL_WITH_CUDA)
-    static constexpr bool kSumsShareMemory = true;
+    static bool has_gradients(const at::Tensor& h, const at::Tensor& x, at::TensorList factors) {
+        if (!new_kernels_are_on || x.scalar_type() != h.scalar_type()) return false;
+        std::vector<std::int64_t> sizes;
+        for (const at::Tensor& factor : factors) {
+            if (factor.scalar_type() != at::kFloat) return false;
+            sizes.push_back(factor.size(0));
+        }
+        return tensor_core::takes(h, sizes);
+    }
+    static constexpr auto gradients_ = &tensor_core::kron_gradients_;
 
     static at::Tensor rotate(
         const at::Tensor& x, at::TensorList factors, bool transpose,
@@ -25,7 +37,7 @@ struct Kron {
         const std::optional<at::Tensor>& scale_after) {
         std::vector<std::int64_t> sizes;
         for (const at::Tensor& factor : factors) sizes.push_back(factor.size(0));
-        const bool fits = tensor_core::is_on() && tensor_core::takes(x, sizes);
+        const bool fits = new_kernels_are_on && tensor_core::takes(x, sizes);
         const auto function = fits ? &tensor_core::kron_rotate : &kron_rotate;
         return function(x, factors, transpose, scale_before, scale_after);
     }
@@ -34,11 +46,18 @@ struct Kron {
         const at::Tensor& a, const at::Tensor& b, at::IntArrayRef dims,
         const std::optional<at::Tensor>& scale_b) {
         const bool fits =
-            tensor_core::is_on() && tensor_core::takes(a, dims) && tensor_core::takes(b, dims);
+            new_kernels_are_on && tensor_core::takes(a, dims) && tensor_core::takes(b, dims);
         return (fits ? &tensor_core::kron_gram : &kron_gram)(a, b, dims, scale_b);
     }
 #else
-    static constexpr bool kSumsShareMemory = false;
+    static bool has_gradients(const at::Tensor&, const at::Tensor&, at::TensorList) {
+        return false;
+    }
+    static std::vector<at::Tensor> gradients_(
+        const at::Tensor&, bool, at::TensorList, bool, const at::Tensor&,
+        const std::optional<at::Tensor>&) {
+        return {};
+    }
     static constexpr auto rotate = &kron_rotate;
     static constexpr auto gram = &kron_gram;
 #endif

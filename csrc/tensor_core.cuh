@@ -12,9 +12,12 @@
 
 // Before a loop whose variables name registers.
 #if defined(__CUDA_ARCH__)
-#define SPECTRAL_UNROLL _Pragma("unroll")
+#define SPECTRAL_PRAGMA(text) _Pragma(#text)
+#define SPECTRAL_UNROLL SPECTRAL_PRAGMA(unroll)
+#define SPECTRAL_UNROLL_BY(times) SPECTRAL_PRAGMA(unroll times)
 #else
 #define SPECTRAL_UNROLL
+#define SPECTRAL_UNROLL_BY(times)
 #endif
 
 namespace spectral::cuda {

@@ -28,9 +28,11 @@ void run(const GramProblem& problem, bool descending) {
     const auto length = gram_length(n1, n2);
     const auto* const a = static_cast<const Bits*>(problem.a);
     const auto* const b = static_cast<const Bits*>(problem.b);
+    auto* const scaled = static_cast<Bits*>(problem.scaled);
     for (int block = 0; block < problem.blocks; ++block) {
         float* const sums = problem.partial + block * length;
         std::fill(sums, sums + length, 0.0f);
+        std::vector<float> share(length, std::numeric_limits<float>::quiet_NaN());
         for (int number = 0; number < kGramWarps; ++number) {
             const auto warp = std::make_unique<HostWarp<typename Tile::Lane>>();
             warp->descending = descending;
@@ -43,19 +45,28 @@ void run(const GramProblem& problem, bool descending) {
                  row += kGramWarps * problem.blocks) {
                 warp->each([&](auto& lane, int index) {
                     Tile::load(
-                        lane, index, a + row * width, b + row * width, scale.data(), places.data(),
-                        width, *tiles);
+                        lane, index, a + row * width, b + row * width, scale.data(),
+                        scaled == nullptr ? nullptr : scaled + row * width, places.data(), width,
+                        *tiles);
                 });
                 Tile::multiply(*warp, *tiles);
             }
-            warp->each([&](auto& lane, int index) { Tile::flush(lane, index, sums, n1, n2); });
+            warp->each(
+                [&](auto& lane, int index) { Tile::flush(lane, index, share.data(), n1, n2); });
+            for (std::int64_t i = 0; i < length; ++i) sums[i] += share[i];
         }
     }
-    for (std::int64_t i = 0; i < length; ++i) {
-        float sum = 0;
-        for (int block = 0; block < problem.blocks; ++block)
-            sum += problem.partial[block * length + i];
-        problem.sums[i] = sum;
+    const int threads = Finish::kLength * Finish::kSplits;
+    for (int block = 0; block < Finish::blocks(problem); ++block) {
+        const Finish finish(problem, block);
+        Finish::Parts parts;
+        const auto all = [&](auto step) {
+            for (int i = 0; i < threads; ++i) step(descending ? threads - 1 - i : i);
+        };
+        all([&](int thread) { finish.add(parts, thread); });
+        all([&](int thread) { finish.join(parts, thread); });
+        all([&](int thread) { finish.multiply(parts, thread); });
+        all([&](int thread) { finish.store(parts, thread); });
     }
 }
 
@@ -65,13 +76,17 @@ extern "C" {
 
 // All pointers are host pointers; 1 if the kernel takes these sizes.
 std::int32_t run_gram(
-    const void* a, const void* b, const float* scale, float* sums, std::int64_t rows,
-    std::int32_t n1, std::int32_t n2, std::int32_t blocks, std::int32_t descending) {
+    const void* a, const void* b, const float* scale, void* scaled, const float* first,
+    const float* second, float* gram_first, float* gram_second, float* columns, std::int64_t rows,
+    std::int32_t n1, std::int32_t n2, std::int32_t blocks, std::int32_t transpose,
+    std::int32_t descending) {
     if (!gram_is_supported(n1, n2)) return 0;
     std::vector<float> partial(
         static_cast<std::size_t>(blocks * gram_length(n1, n2)),
         std::numeric_limits<float>::quiet_NaN());
-    const GramProblem problem{a, b, scale, partial.data(), sums, rows, n1, n2, blocks};
+    const GramProblem problem{a,     b,      scale,      scaled,      partial.data(),
+                              first, second, gram_first, gram_second, columns,
+                              rows,  n1,     n2,         blocks,      transpose};
     with_tile(n1, n2, [&]<int P1, int P2>() { run<P1, P2>(problem, descending != 0); });
     return 1;
 }

@@ -17,6 +17,7 @@ from spectral_kernels import backend_report
 from spectral_kernels.ops import OPS
 from spectral_kernels.ops.cayley import cayley_bwd_reference, cayley_fwd_reference
 from spectral_kernels.ops.kron import kron_gram_reference, kron_rotate_reference
+from spectral_kernels.ops.low_rank import mix_shifted, rotated_middle, rotation_grads
 
 REASON = "the extension is not built: SPECTRAL_BUILD_EXT=cpu pip install --no-build-isolation ."
 extension = pytest.importorskip("spectral_kernels._C", reason=REASON)
@@ -443,6 +444,18 @@ def test_kron_refuses(call, error, message):
         call()
 
 
+def compiled_on_host(name, folder):
+    """The functions of tests/<name>_cuda_on_host.cpp."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the host version of the CUDA kernels")
+    library = folder / f"{name}.so"
+    source = Path(__file__).with_name(f"{name}_cuda_on_host.cpp")
+    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
 # The CUDA algorithm, thread after thread on the host: see tests/cayley_cuda_on_host.cpp.
 
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
@@ -450,14 +463,7 @@ ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 
 @pytest.fixture(scope="module")
 def cuda_on_host(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the host version of the CUDA kernels")
-    library = tmp_path_factory.mktemp("cuda_on_host") / "cayley.so"
-    source = Path(__file__).with_name("cayley_cuda_on_host.cpp")
-    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).run_cayley
+    function = compiled_on_host("cayley", tmp_path_factory.mktemp("on_host")).run_cayley
 
     def run(inputs, rotations, outputs, order):
         def pointers(tensors):
@@ -524,7 +530,7 @@ def test_cuda_algorithm_does_not_depend_on_the_order_of_threads(cuda_on_host):
 
 def test_cuda_lists_longer_than_one_launch(cuda_on_host):
     forward, backward = cuda_on_host
-    sizes = [2 + index % 7 for index in range(150)]
+    sizes = [2 + index % 7 for index in range(1200)]
     packed = [packed_entries(1 + index % 3, n) for index, n in enumerate(sizes)]
     rotations = forward(packed, sizes)
     expected = cayley_fwd_reference([p.double() for p in packed], sizes)
@@ -578,24 +584,13 @@ for small in (3, 8, 12, 20, 24):
 TILES = [(1, 8), (3, 8), (7, 40), (16, 16), (17, 16), (16, 20), (20, 32), (32, 40), (32, 48)]
 
 
-def tensor_cores_on_host(name, folder):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the host version of the CUDA kernels")
-    library = folder / f"{name}.so"
-    source = Path(__file__).with_name(f"kron_{name}_cuda_on_host.cpp")
-    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-    return getattr(ctypes.CDLL(str(library)), f"run_{name}")
-
-
 def address(tensor):
     return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
 
 @pytest.fixture(scope="module")
 def rotate_on_host(tmp_path_factory):
-    function = tensor_cores_on_host("rotate", tmp_path_factory.mktemp("tensor_cores"))
+    function = compiled_on_host("kron_rotate", tmp_path_factory.mktemp("on_host")).run_rotate
 
     def rotate(x, factors, transpose, before, after, blocks=2, descending=False):
         y = torch.full_like(x, torch.nan)
@@ -610,17 +605,17 @@ def rotate_on_host(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gram_on_host(tmp_path_factory):
-    function = tensor_cores_on_host("gram", tmp_path_factory.mktemp("tensor_cores"))
+    function = compiled_on_host("kron_gram", tmp_path_factory.mktemp("on_host")).run_gram
 
-    def gram(a, b, dims, scale, blocks=3, descending=False):
+    def gram(
+        a, b, dims, scale, blocks=3, descending=False, scaled=None, factors=None, transpose=False
+    ):
         n1, n2 = dims
-        sums = torch.full((n1 * n1 + n2 * n2 + n1 * n2,), torch.nan)
-        pointers = [address(t) for t in (a, b, scale, sums)]
-        rows = ctypes.c_int64(len(a))
-        if not function(*pointers, rows, n1, n2, blocks, int(descending)):
-            return None
-        first, second, columns = sums.split([n1 * n1, n2 * n2, n1 * n2])
-        return [first.view(n1, n1), second.view(n2, n2), columns]
+        sums = [torch.full(shape, torch.nan) for shape in ((n1, n1), (n2, n2), (n1 * n2,))]
+        tensors = (a, b, scale, scaled, *(factors or (None, None)), *sums)
+        rows, flags = ctypes.c_int64(len(a)), (int(transpose), int(descending))
+        taken = function(*map(address, tensors), rows, n1, n2, blocks, *flags)
+        return sums if taken else None
 
     return gram
 
@@ -660,6 +655,30 @@ def test_grams_on_tensor_cores(gram_on_host, dims):
             assert all(map(torch.equal, sums, again))
 
 
+@pytest.mark.parametrize("dims", TILES)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_gradients_on_tensor_cores(gram_on_host, dims, transpose):
+    """The same sums times the factors, and the rows times the scale, written over the rows."""
+    k = dims[0] * dims[1]
+    factors = [torch.randn(n, n) for n in dims]
+    for rows, blocks in ((0, 0), (1, 1), (37, 3), (90, 20)):
+        a, b = (torch.randn(rows, k).bfloat16() for _ in range(2))
+        scale = torch.randn(k)
+        *grams, columns = kron_gram_reference(a.double(), b.double(), list(dims), scale.double())
+        pairs = [(factor.double(), gram) for factor, gram in zip(factors, grams, strict=True)]
+        products = [gram.mT @ factor if transpose else factor @ gram for factor, gram in pairs]
+        expected_rows = (a.float() * scale).bfloat16()
+        options = {"factors": factors, "transpose": transpose, "blocks": blocks}
+        again = gram_on_host(
+            a, b, dims, scale, scaled=torch.empty_like(a), descending=True, **options
+        )
+        found = gram_on_host(a, b, dims, scale, scaled=a, **options)
+        for actual, oracle in zip(found, [*products, columns], strict=True):
+            assert_near(actual, oracle)
+        assert torch.equal(a, expected_rows)
+        assert all(map(torch.equal, found, again))
+
+
 def test_tensor_cores_leave_other_sizes(rotate_on_host, gram_on_host):
     for dims in ((33, 40), (32, 50), (4, 9), (3, 2)):
         k = dims[0] * dims[1]
@@ -667,3 +686,54 @@ def test_tensor_cores_leave_other_sizes(rotate_on_host, gram_on_host):
         factors = [random_rotation(n, dtype=torch.float32) for n in dims]
         assert rotate_on_host(x, factors, False, None, None) is None
         assert gram_on_host(x, x, dims, None) is None
+
+
+# What lies between the products of A and R, number after number on the host.
+
+CUDA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@pytest.fixture(scope="module")
+def low_rank_on_host(tmp_path_factory):
+    return compiled_on_host("low_rank", tmp_path_factory.mktemp("on_host"))
+
+
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+def test_stacks_and_their_mix_on_cuda(low_rank_on_host, dtype):
+    r, n_in, n_out, count = 3, 7, 5, 6
+    code, wide = ctypes.c_int32(CUDA_TYPES[dtype]), ctypes.c_int32(0)
+    right, left = torch.randn(r, n_in).to(dtype), torch.randn(n_out, r).to(dtype)
+    shifts = torch.randn(n_in, r), torch.randn(n_out, r)
+    down, up = (torch.full((2 * r, n), torch.nan, dtype=dtype) for n in (n_in, n_out))
+    pointers = map(address, (right, shifts[0], down, left, shifts[1], up))
+    sizes = ctypes.c_int64(n_in), ctypes.c_int64(n_out), r
+    low_rank_on_host.run_stack(*pointers, *sizes, code, wide, code)
+    assert torch.equal(down, torch.cat([right, shifts[0].mT.to(dtype)]))
+    assert torch.equal(up, torch.cat([left.mT, shifts[1].mT.to(dtype)]))
+
+    rows, values = torch.randn(count, 2 * r).to(dtype), torch.rand(r)
+    expected = mix_shifted(rows.double(), values.double() * 1.5)
+    options = ctypes.c_int64(count), ctypes.c_float(1.5), r, code
+    low_rank_on_host.run_mix(address(rows), address(values), *options)
+    assert_near(rows, expected)
+
+
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+def test_rotated_middle_on_cuda(low_rank_on_host, dtype):
+    for r in (1, 4, 11):
+        values, scaling = torch.rand(r), ctypes.c_float(-1.5)
+        middle = torch.full((r, r), torch.nan, dtype=dtype)
+        turns = [random_rotation(r, dtype=torch.float32).contiguous() for _ in range(2)]
+        for left, right in (turns, [torch.eye(r)] * 2):
+            pointers = map(address, (left, right, values, middle))
+            low_rank_on_host.run_middle(*pointers, scaling, r, CUDA_TYPES[dtype])
+            exact = rotated_middle(values.double(), left.double(), right.double(), -1.5)
+            assert_near(middle, exact)
+        assert torch.count_nonzero(middle) == 0
+
+        grad = torch.randn(r, r)
+        found = [torch.full((r, r), torch.nan) for _ in range(2)]
+        low_rank_on_host.run_turn(*map(address, (grad, *turns, values, *found)), scaling, r)
+        wide = [tensor.double() for tensor in (grad, values, *turns)]
+        for actual, oracle in zip(found, rotation_grads(*wide, -1.5), strict=True):
+            assert_near(actual, oracle)

@@ -255,17 +255,24 @@ def test_products_on_tensor_cores(poison, dims, rows):
 
 
 @pytest.fixture
-def on_tensor_cores():
-    from spectral_kernels import _C
-
-    _C._use_tensor_cores(True)
+def new_kernels():
+    """The layers use kernels that are off by themselves."""
+    extension = pytest.importorskip("spectral_kernels._C", reason="needs the extension")
+    if not hasattr(extension, "_use_new_kernels"):
+        pytest.skip("needs an extension with CUDA code")
+    extension._use_new_kernels(True)
     yield
-    _C._use_tensor_cores(False)
+    extension._use_new_kernels(False)
 
 
-@needs_tensor_cores
+@pytest.fixture(params=["usual kernels", "new kernels"])
+def kernels(request):
+    if request.param == "new kernels":
+        request.getfixturevalue("new_kernels")
+
+
 @pytest.mark.parametrize("plan", ["factored", "tokens"])
-def test_soda_layer_on_tensor_cores(on_tensor_cores, plan):
+def test_soda_layer_on_tensor_cores(new_kernels, plan):
     layer = SODALinear.from_linear(torch.nn.Linear(640, 640).bfloat16(), plan=plan)
     randomise(layer)
     layer.to(DEVICE)
@@ -405,7 +412,7 @@ def test_soda_linear_step(decomposition, rotation, plan):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("cls", [SpectralAdapterALinear, SpectralAdapterRLinear])
-def test_low_rank_step(poison, cls, dtype):
+def test_low_rank_step(poison, kernels, cls, dtype):
     """Against the dense weight in float64; a fresh layer is its base to the last bit."""
     layer = cls.from_linear(torch.nn.Linear(150, 130).to(dtype), r=5).to(DEVICE)
     x = torch.randn(3, 37, 150, device=DEVICE).to(dtype)

@@ -45,6 +45,7 @@ CPU_SOURCES = (
     "csrc/simd_baseline.cpp",
     "csrc/simd_level.cpp",
     "csrc/stiefel_cpu.cpp",
+    "csrc/stiefel_table.cpp",
 )
 CUDA_SOURCES = (
     "csrc/cayley_cuda.cu",

@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 
 import pytest
+import stiefel_oracle
 import torch
 from support import TOLERANCE, assert_near, dense_kron, random_rotation, relative_error
 
@@ -737,3 +738,89 @@ def test_rotated_middle_on_cuda(low_rank_on_host, dtype):
         wide = [tensor.double() for tensor in (grad, values, *turns)]
         for actual, oracle in zip(found, rotation_grads(*wide, -1.5), strict=True):
             assert_near(actual, oracle)
+
+
+# The table of addresses that the Triton kernels of optimizer steps read.
+
+
+def launches_of_step(monkeypatch, step, *arguments):
+    """What a step hands to the kernels: rows by launch, the rows of empty factors, the scratch."""
+    from spectral_kernels.triton_kernels import stiefel
+
+    calls = []
+    monkeypatch.setattr(stiefel, "_launch", lambda *given: calls.append(given))
+    taken = getattr(stiefel, step)(*arguments)
+    if taken is False:
+        assert not calls
+        return None
+    ((_, lists, launches, table, scratch, *_),) = calls
+    rows = table.tolist()
+    parts = {plan: rows[start : start + count] for plan, (start, count) in launches.items()}
+    rest = rows[sum(map(len, parts.values())) :]
+    return lists, parts, rest, scratch
+
+
+@pytest.mark.parametrize("kind", ["sgd", "sgd with momentum", "adam"])
+def test_stiefel_table(monkeypatch, kind):
+    pytest.importorskip("triton")
+    shapes = [(1, 1), (3, 16, 16), (20, 20), (0, 5, 5), (128, 128), (40, 40), (0, 0), (2, 1, 1)]
+    lists = stiefel_oracle.problem(shapes, torch.float32)
+    steps = lists[4] if kind == "adam" else []
+    lists = lists[: {"sgd": 2, "sgd with momentum": 3, "adam": 4}[kind]]
+    lists_count, parts, rest, scratch = launches_of_step(
+        monkeypatch, "_step_at_once", None, lists, steps or None
+    )
+    expected_count, expected, expected_rest, expected_scratch = launches_of_step(
+        monkeypatch, "_step", None, lists, steps
+    )
+    assert (lists_count, scratch, parts.keys()) == (
+        expected_count,
+        expected_scratch,
+        expected.keys(),
+    )
+    # Scratch is given out in the order of the table, which need not be the same.
+    for plan, rows in parts.items():
+        assert [[*row[:6], row[7]] for row in rows] == [
+            [*row[:6], row[7]] for row in expected[plan]
+        ]
+    taken = sorted((row[6], row[6] + 2 * row[5] ** 2) for rows in parts.values() for row in rows)
+    assert taken[0][0] == 0 and taken[-1][1] == scratch
+    assert all(end == start for (_, end), (start, _) in pairwise(taken))
+    assert rest == expected_rest
+
+
+@pytest.mark.parametrize(
+    ("which", "change"),
+    [
+        (0, lambda t: t.double()),
+        (1, lambda t: t.double()),
+        (1, lambda t: t.mT),
+        (2, lambda t: t[:4, :4].clone()),
+        (3, lambda t: t.to("meta")),
+        (4, lambda t: t.double()),
+        (4, lambda t: t.expand(2)),
+        (0, lambda t: t[None, None]),
+        (1, lambda t: t.to_sparse()),
+    ],
+)
+def test_stiefel_table_leaves_what_does_not_fit(monkeypatch, which, change):
+    pytest.importorskip("triton")
+    lists = stiefel_oracle.problem([(5, 5), (6, 6)], torch.float32)
+    lists[which][1] = change(lists[which][1])
+    *matrices, steps = lists
+    assert launches_of_step(monkeypatch, "_step_at_once", None, matrices, steps) is None
+
+
+def test_stiefel_table_leaves_other_lists(monkeypatch):
+    pytest.importorskip("triton")
+    *matrices, steps = stiefel_oracle.problem([(5, 5), (6, 6)], torch.float32)
+    assert launches_of_step(monkeypatch, "_step_at_once", None, matrices, steps[:1]) is None
+    for missing in (1, 2, 3):
+        others = [*matrices[:missing], [], *matrices[missing + 1 :]]
+        assert launches_of_step(monkeypatch, "_step_at_once", None, others, steps) is None
+    assert launches_of_step(monkeypatch, "_step_at_once", None, matrices, []) is None
+    matrices[1].pop()
+    assert launches_of_step(monkeypatch, "_step_at_once", None, matrices, steps) is None
+    large = stiefel_oracle.problem([(129, 129)], torch.float32)
+    assert launches_of_step(monkeypatch, "_step_at_once", None, large[:4], large[4]) is None
+    assert launches_of_step(monkeypatch, "_step_at_once", None, [[], []], None) is None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -31,7 +32,12 @@ from spectral_kernels.ops.stiefel import (
     stiefel_sgd_reference,
 )
 from spectral_kernels.triton_kernels._host import on_device
-from spectral_kernels.triton_kernels._launch import StiefelLaunch, plan_stiefel, supports
+from spectral_kernels.triton_kernels._launch import (
+    MAX_AXIS,
+    StiefelLaunch,
+    plan_stiefel,
+    supports,
+)
 
 #: int64 per row of the table: addresses of factor, gradient, velocity, square and step count (0 for
 #: what there is not), then n, the first element of its scratch, and whether the row is its tensor's
@@ -309,13 +315,16 @@ def stiefel_sgd_(
     Raises:
         ValueError, TypeError: what ``check_stiefel`` refuses.
     """
-    check_stiefel(factors, grads, velocities if momentum != 0 else None)
     lists = [factors, grads, *([velocities] if momentum != 0 else [])]
+    rule = Rule(0.5 * (1.0 - metric), momentum, rate=lr)
+    if _step_at_once(rule, lists, None):
+        return
+    check_stiefel(factors, grads, velocities if momentum != 0 else None)
     ours, others = _split(lists)
     if others[0]:
         x, g, *y = others
         stiefel_sgd_reference(x, g, y[0] if y else [], lr, momentum, metric)
-    _step(Rule(0.5 * (1.0 - metric), momentum, rate=lr), ours, [])
+    _step(rule, ours, [])
 
 
 def stiefel_adam_(
@@ -337,11 +346,6 @@ def stiefel_adam_(
     Raises:
         ValueError, TypeError: what ``check_stiefel`` refuses.
     """
-    check_stiefel(factors, grads, velocities, squares, steps)
-    ours, others = _split([factors, grads, velocities, squares, steps])
-    if others[0]:
-        x, g, y, p, t = others
-        stiefel_adam_reference(x, g, y, p, t, lr, beta1, beta2, eps, metric)
     rule = Rule(
         gradient=0.5 * (1.0 - metric),
         keep=beta1,
@@ -354,6 +358,14 @@ def stiefel_adam_(
         rate=lr,
         bound=adam_bound(lr, beta1, beta2, 2),
     )
+    lists = [factors, grads, velocities, squares]
+    if _step_at_once(rule, lists, steps):
+        return
+    check_stiefel(factors, grads, velocities, squares, steps)
+    ours, others = _split([*lists, steps])
+    if others[0]:
+        x, g, y, p, t = others
+        stiefel_adam_reference(x, g, y, p, t, lr, beta1, beta2, eps, metric)
     *matrices, counts = ours
     _step(rule, matrices, counts)
 
@@ -382,34 +394,90 @@ def _step(rule: Rule, matrices: list[list[Tensor]], steps: list[Tensor]) -> None
     if not factors:
         return
     memory = [[t if t.is_contiguous() else t.contiguous() for t in ts] for ts in matrices]
-    with on_device(factors[0]):
-        launches, table = _table(memory, steps)
-        if steps:
-            programs = triton.cdiv(table.shape[0], COUNT_BLOCK)
-            _count_kernel[(programs,)](
-                table, table.shape[0], COLUMNS, COUNT_BLOCK, num_warps=4, enable_fp_fusion=True
-            )
-        numbers = 2 * sum(factor.numel() for factor in factors)
-        scratch = torch.empty(numbers, dtype=torch.float32, device=factors[0].device)
-        for plan, (start, count) in launches.items():
-            _stiefel_kernel[(count,)](
-                table[start:],
-                scratch,
-                *rule.numbers(),
-                **rule_constants(len(matrices)),
-                **plan.constants(),
-                **plan.options(),
-            )
+    launches, table = _table(memory, steps)
+    scratch = 2 * sum(factor.numel() for factor in factors)
+    _launch(rule, len(matrices), launches, table, scratch, factors[0], bool(steps))
     for index in (0, *range(2, len(matrices))):
         for tensor, contiguous in zip(matrices[index], memory[index], strict=True):
             if contiguous is not tensor:
                 tensor.copy_(contiguous)
 
 
+def _step_at_once(rule: Rule, matrices: list[list[Tensor]], steps: list[Tensor] | None) -> bool:
+    """:func:`_step` with a table made in C++, without a look at the tensors from here.
+
+    False, and nothing is done, without the extension or where any tensor needs that look: what is
+    wrong, lies apart, has gaps, or is the reference's.
+    """
+    make = _table_in_cpp()
+    count = len(matrices[0])
+    beside = matrices if steps is None else [*matrices, steps]
+    if make is None or count == 0 or any(len(tensors) != count for tensors in beside):
+        return False
+    lists = [*matrices, *([[]] * (4 - len(matrices)))]
+    plans, classes = _classes()
+    table, found = make(*lists, steps or [], classes, matrices[0][0].device.type == "cuda")
+    *counts, scratch = found.tolist() or [0]
+    if not counts:
+        return False
+    launches, start = {}, 0
+    for plan, rows in zip(plans, counts, strict=True):
+        if rows:
+            launches[plan] = (start, rows)
+        start += rows
+    _launch(rule, len(matrices), launches, table, scratch, matrices[0][0], bool(steps))
+    return True
+
+
+@lru_cache
+def _table_in_cpp() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    packet = getattr(torch.ops.spectral_products, "stiefel_table", None)
+    return None if packet is None else packet.default
+
+
+@lru_cache
+def _classes() -> tuple[list[StiefelLaunch], list[int]]:
+    """The launches there are, and the number of each matrix size's among them."""
+    by_size = [plan_stiefel(max(n, 1)) for n in range(MAX_AXIS + 1)]
+    plans = list(dict.fromkeys(by_size))
+    return plans, [plans.index(plan) for plan in by_size]
+
+
+def _launch(
+    rule: Rule,
+    lists: int,
+    launches: dict[StiefelLaunch, tuple[int, int]],
+    table: Tensor,
+    scratch: int,
+    like: Tensor,
+    counts_steps: bool,
+) -> None:
+    """Launch what a table [rows, COLUMNS] on the host says, with ``scratch`` numbers beside it."""
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.append(table)
+    with on_device(like):
+        table = table.to(like.device, non_blocking=True)
+        if counts_steps:
+            programs = triton.cdiv(table.shape[0], COUNT_BLOCK)
+            _count_kernel[(programs,)](
+                table, table.shape[0], COLUMNS, COUNT_BLOCK, num_warps=4, enable_fp_fusion=True
+            )
+        memory = torch.empty(scratch, dtype=torch.float32, device=like.device)
+        for plan, (start, count) in launches.items():
+            _stiefel_kernel[(count,)](
+                table[start:],
+                memory,
+                *rule.numbers(),
+                **rule_constants(lists),
+                **plan.constants(),
+                **plan.options(),
+            )
+
+
 def _table(
     memory: list[list[Tensor]], steps: list[Tensor]
 ) -> tuple[dict[StiefelLaunch, tuple[int, int]], Tensor]:
-    """First row and number of rows of each launch, and the table [rows, COLUMNS] on the device.
+    """First row and number of rows of each launch, and the table [rows, COLUMNS] on the host.
 
     Empty factors come last and are in no launch: only their steps count.
     """
@@ -441,7 +509,4 @@ def _table(
     device = memory[0][0].device
     # Pinned, so that nothing waits for the copy.
     table = torch.tensor(flat, dtype=torch.int64, pin_memory=device.type == "cuda")
-    table = table.view(-1, COLUMNS)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.append(table)
-    return launches, table.to(device, non_blocking=True)
+    return launches, table.view(-1, COLUMNS)

@@ -461,7 +461,7 @@ STEPS: dict[str, Callable[[str, bool], Steps]] = {
 #: Sections in the order they run, what matters most first, and their limits in seconds.
 SECTIONS = {
     "ops": 60,
-    "unet_step": 220,
+    "unet_step": 300,
     "soda_linear": 120,
     "cayley_model": 60,
     "stiefel": 30,

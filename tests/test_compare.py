@@ -62,6 +62,7 @@ class Toy(Task):
 
     title = "Toy"
     metrics = (Metric("score", "score"), Metric("loss", "loss", 1, 3, False))
+    kept = "loss"
 
     def __init__(self, steps=4, best=1e-2):
         torch.manual_seed(0)
@@ -367,7 +368,8 @@ def test_the_whole_comparison_and_its_report(toy, tmp_path, monkeypatch):
     assert "**600 trained parameters**" in text and "**20,000 trained parameters**" in text
     assert "| SVDiff | cannot |" in text
     assert "## Cost" in text
-    for name in ("budgets", "curves", "sheet"):
+    assert "Every line is a method at 600 numbers" in text
+    for name in ("budgets", "curves", "sheet", "tradeoff"):
         assert (report.parent / "images" / f"results_toy_{name}.png").stat().st_size > 1000
     with Image.open(report.parent / "images" / "results_toy_sheet.png") as sheet:
         assert sheet.height == 4 * (8 + 4)  # one row for each method, at one budget

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,7 +14,14 @@ from typing import Any
 from spectral_adapters._files import write_text
 from spectral_adapters.compare.methods import BASE, FULL, LABELS, METHODS
 from spectral_adapters.compare.plan import Plan, PlannedTask
-from spectral_adapters.compare.records import RECORDS, Record, chosen_rate, latest, read_records
+from spectral_adapters.compare.records import (
+    RECORDS,
+    Record,
+    chosen_rate,
+    latest,
+    read_records,
+    sweep_seeds,
+)
 from spectral_adapters.compare.tasks import Metric, task_class
 
 #: The generated part of a report lies between these; what is around them stays.
@@ -110,6 +117,7 @@ def write_report(plan: Plan, output: Path, report: Path) -> None:
         parts.append(_task_tables(task, results, cls.metrics))
         rows += _rows(task, results, cls.metrics)
         parts += _plots(task, results, cls.metrics, images)
+        parts += _tradeoff(task, results, records, images)
         merged = [r for r in records if r["task"] == task.name and r["kind"] == "merged"]
         if merged:
             parts.append(_merged_table(merged, cls.metrics))
@@ -376,6 +384,91 @@ def _curve_plot(results: Sequence[Result], metric: Metric, budget: int | None, p
         )
     axes.set_xlabel("steps")
     axes.set_ylabel(f"{metric.label}, development split")
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def _tradeoff(
+    task: PlannedTask, results: Sequence[Result], records: Iterable[Record], images: Path
+) -> list[str]:
+    """What is gained against what is kept of the base model, by the rates of the search."""
+    cls = task_class(task.kind)
+    sizes = [r.budget for r in results if r.budget and r.rate is not None]
+    if cls.kept is None or not sizes:
+        return []
+    budget = max(set(sizes), key=sizes.count)
+    gained, kept = cls.metrics[0], next(m for m in cls.metrics if m.key == cls.kept)
+    searches = _searches(task, records, budget)
+    chosen = {
+        r.method: r.rate
+        for r in results
+        if r.budget == budget and r.rate is not None and r.rate in searches[r.method]
+    }
+    lines = {
+        method: {
+            rate: (
+                mean(scores[kept.key] for scores in found) * kept.scale,
+                mean(scores[gained.key] for scores in found) * gained.scale,
+            )
+            for rate, found in sorted(searches[method].items())
+        }
+        for method in chosen
+    }
+    if not any(len(points) > 1 for points in lines.values()):
+        return []
+    name = f"results_{task.name}_tradeoff.png"
+    _tradeoff_plot(lines, chosen, gained, kept, images / name)
+    return [
+        f"![{gained.label} against {kept.label}](images/{name})\n",
+        f"Every line is a method at {budget:,} numbers over the learning rates of its search, on "
+        "the development split, means over the search's seeds; the chosen rate is ringed and the "
+        "rates at both ends are named.\n",
+    ]
+
+
+def _searches(
+    task: PlannedTask, records: Iterable[Record], budget: int
+) -> dict[str, dict[float, list[dict[str, float]]]]:
+    """Scores of the planned search at a budget, by method and rate; what diverged is left out."""
+    found: dict[str, dict[float, list[dict[str, float]]]] = defaultdict(dict)
+    for record in records:
+        cell = (record["task"], record["digest"], record["kind"], record.get("budget"))
+        if cell != (task.name, task.digest, "sweep", budget) or record.get("diverged"):
+            continue
+        if record["seed"] in sweep_seeds(task) and record.get("scores"):
+            found[record["method"]].setdefault(record["rate"], []).append(record["scores"])
+    return found
+
+
+def _tradeoff_plot(
+    lines: Mapping[str, Mapping[float, tuple[float, float]]],
+    chosen: Mapping[str, float],
+    gained: Metric,
+    kept: Metric,
+    path: Path,
+) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for method, points in lines.items():
+        across, up = zip(*points.values(), strict=True)
+        colour = _colour(method)
+        axes.plot(across, up, label=LABELS[method], color=colour, marker="o", ms=3, linewidth=1)
+        axes.plot(*points[chosen[method]], marker="o", ms=9, mfc="none", color=colour)
+        for rate in {min(points), max(points)}:
+            axes.annotate(
+                f"{rate:g}",
+                points[rate],
+                textcoords="offset points",
+                xytext=(4, 3),
+                fontsize=6,
+                color=colour,
+            )
+    for metric, axis in ((kept, axes.xaxis), (gained, axes.yaxis)):
+        axis.set_label_text(metric.label)
+        if metric.higher_is_better is False:  # better is up and to the right
+            axis.set_inverted(True)
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)
 

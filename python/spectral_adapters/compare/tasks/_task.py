@@ -70,6 +70,9 @@ class Task(ABC):
     #: The first is the one that learning rates are chosen by.
     metrics: ClassVar[tuple[Metric, ...]]
 
+    #: The metric that says how much of the base model is kept, if there is one.
+    kept: ClassVar[str | None] = None
+
     #: Where the development split is a part of what is learned from: how many such parts there
     #: are. A rate is chosen by the mean over all of them.
     folds: ClassVar[int] = 1

@@ -118,6 +118,7 @@ class Style(_Pictures):
         Metric("own_truth", "own truth is nearest, %", 100, 1),
         Metric("pixels", "pixel distance", 1, 3, False),
     )
+    kept = "content"
 
     def __init__(
         self,
@@ -196,6 +197,7 @@ class Subject(_Pictures):
         Metric("content", "similarity of other names to the base drawing"),
         Metric("pixels", "pixel distance", 1, 3, False),
     )
+    kept = "content"
 
     def __init__(
         self,

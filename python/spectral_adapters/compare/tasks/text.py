@@ -93,6 +93,7 @@ class Text(Task):
         Metric("loss", "loss, held-out entries", 1, 4, False),
         Metric("general", "loss, general English", 1, 4, False),
     )
+    kept = "general"
 
     def __init__(
         self,

@@ -396,7 +396,7 @@ def _tradeoff(
     sizes = [r.budget for r in results if r.budget and r.rate is not None]
     if cls.kept is None or not sizes:
         return []
-    budget = max(set(sizes), key=sizes.count)
+    budget = max(dict.fromkeys(sizes), key=sizes.count)
     gained, kept = cls.metrics[0], next(m for m in cls.metrics if m.key == cls.kept)
     searches = _searches(task, records, budget)
     chosen = {

@@ -21,6 +21,24 @@
 
 namespace spectral {
 
+// What a Kron that only rotates and sums has not.
+struct PlainKron {
+    static bool is_fused(at::ScalarType) { return false; }
+    static std::vector<at::Tensor> rotate_gram_(
+        const at::Tensor&, at::TensorList, bool, const at::Tensor&,
+        const std::optional<at::Tensor>&) {
+        TORCH_INTERNAL_ASSERT(false, "not fused");
+    }
+    static bool has_gradients(const at::Tensor&, const at::Tensor&, at::TensorList) {
+        return false;
+    }
+    static std::vector<at::Tensor> gradients_(
+        const at::Tensor&, bool, at::TensorList, bool, const at::Tensor&,
+        const std::optional<at::Tensor>&) {
+        TORCH_INTERNAL_ASSERT(false, "has no gradients");
+    }
+};
+
 template <typename Kron>
 struct RotatedLinear {
     using Optional = std::optional<at::Tensor>;

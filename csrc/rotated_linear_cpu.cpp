@@ -9,21 +9,13 @@
 namespace spectral::cpu {
 namespace {
 
-struct Kron {
+struct Kron : PlainKron {
     static constexpr auto rotate = &kron_rotate;
     static constexpr auto gram = &kron_gram;
     static constexpr auto rotate_gram_ = &kron_rotate_gram_;
 
     static constexpr bool kSumsShareMemory = true;
     static bool is_fused(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
-    static bool has_gradients(const at::Tensor&, const at::Tensor&, at::TensorList) {
-        return false;
-    }
-    static std::vector<at::Tensor> gradients_(
-        const at::Tensor&, bool, at::TensorList, bool, const at::Tensor&,
-        const std::optional<at::Tensor>&) {
-        return {};
-    }
 };
 
 using Layers = RotatedLinear<Kron>;

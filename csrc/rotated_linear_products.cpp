@@ -16,7 +16,7 @@
 namespace spectral::products {
 namespace {
 
-struct Kron {
+struct Kron : PlainKron {
     static constexpr bool kSumsShareMemory = false;
 
 #if defined(SPECTRAL_WITH_CUDA)
@@ -50,24 +50,9 @@ struct Kron {
         return (fits ? &tensor_core::kron_gram : &kron_gram)(a, b, dims, scale_b);
     }
 #else
-    static bool has_gradients(const at::Tensor&, const at::Tensor&, at::TensorList) {
-        return false;
-    }
-    static std::vector<at::Tensor> gradients_(
-        const at::Tensor&, bool, at::TensorList, bool, const at::Tensor&,
-        const std::optional<at::Tensor>&) {
-        return {};
-    }
     static constexpr auto rotate = &kron_rotate;
     static constexpr auto gram = &kron_gram;
 #endif
-
-    static bool is_fused(at::ScalarType) { return false; }
-    static std::vector<at::Tensor> rotate_gram_(
-        const at::Tensor&, at::TensorList, bool, const at::Tensor&,
-        const std::optional<at::Tensor>&) {
-        TORCH_INTERNAL_ASSERT(false, "not fused");
-    }
 };
 
 using Layers = RotatedLinear<Kron>;

@@ -773,10 +773,10 @@ def test_stiefel_table(monkeypatch, kind):
     expected_count, expected, expected_rest, expected_scratch = launches_of_step(
         monkeypatch, "_step", None, lists, steps
     )
-    assert (lists_count, scratch, parts.keys()) == (
+    assert (lists_count, scratch, list(parts)) == (
         expected_count,
         expected_scratch,
-        expected.keys(),
+        list(expected),
     )
     # Scratch is given out in the order of the table, which need not be the same.
     for plan, rows in parts.items():

@@ -171,7 +171,7 @@ def test_a_model_of_factors_is_few_launches(launches):
         stiefel_sgd_(*lists(shapes, 0), [], 1e-3, 0.0, -1.0)
     names = [name.removesuffix("_kernel") for name, _, _ in launches]
     assert names == (["_count"] + ["_stiefel"] * 9) * 2
-    assert [grid for _, grid, _ in launches[10:14]] == [(1,), (25,), (5,), (5,)]
+    assert [grid for _, grid, _ in launches[10:14]] == [(1,), (5,), (25,), (5,)]
     # Neither the number of matrices nor the place of their rows in the table is compiled in.
     kernels = [kernel for _, _, kernel in launches]
     assert all(kernels[i] is kernels[i + 10] for i in range(10))

@@ -502,10 +502,11 @@ def _table(
             scratch += 2 * n * n
     launches: dict[StiefelLaunch, tuple[int, int]] = {}
     start = 0
-    for plan, group in rows.items():
+    groups = {plan: rows[plan] for plan in _classes()[0] if plan in rows}
+    for plan, group in groups.items():
         launches[plan] = (start, len(group) // COLUMNS)
         start += len(group) // COLUMNS
-    flat = [number for group in (*rows.values(), empty) for number in group]
+    flat = [number for group in (*groups.values(), empty) for number in group]
     device = memory[0][0].device
     # Pinned, so that nothing waits for the copy.
     table = torch.tensor(flat, dtype=torch.int64, pin_memory=device.type == "cuda")

@@ -35,7 +35,6 @@ from measure import WRONG, measure
 from providers import (
     CAYLEY_PROVIDERS,
     LOW_RANK_PROVIDERS,
-    NEW_KERNELS,
     PLAIN,
     SODA_PROVIDERS,
     CayleyCase,
@@ -43,7 +42,6 @@ from providers import (
     SODACase,
     Unavailable,
     in_cuda_graphs,
-    with_new_kernels,
 )
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -68,7 +66,7 @@ ROUNDS = 50
 ALWAYS_FP32 = {"stiefel_adam_": {4}}
 
 #: Providers that a GPU needs no time for: slow, and no rival.
-SKIPPED = {"solve loop", "loop"}
+SKIPPED = {"solve loop", "loop", "naive SODA"}
 
 ROTATE_OPTIONS = (False, None, None)
 
@@ -390,24 +388,16 @@ def soda_linear(device: str, smoke: bool) -> Steps:
         *(SODACase(2048, tokens, device, "bfloat16") for tokens in (1024, 4096, 8192)),
         SODACase(640, 4096, device, "bfloat16"),
     ]
-    new = {
-        name + NEW_KERNELS: with_new_kernels(SODA_PROVIDERS[name])
-        for name in ("ours auto", "ours factored", "ours tokens")
-    }
-    graphs = {name: SODA_PROVIDERS[name] for name in SODA_GRAPHS} | new
+    graphs = {name: SODA_PROVIDERS[name] for name in SODA_GRAPHS}
     for case in [SODACase(32, 16, device, "bfloat16")] if smoke else cases:
-        yield SODA_PROVIDERS | new | in_cuda_graphs(graphs), case
+        yield SODA_PROVIDERS | in_cuda_graphs(graphs), case
 
 
 def low_rank(device: str, smoke: bool) -> Steps:
     """Training steps of Spectral Adapters A and R."""
     sizes = [(32, 8)] if smoke else [(n, m) for n in (640, 1280, 2048) for m in (77, 1024, 4096)]
     for n, tokens in sizes:
-        new = {
-            name + NEW_KERNELS: with_new_kernels(LOW_RANK_PROVIDERS[name])
-            for name in ("A", "R", "PEFT A", "PEFT R")
-        }
-        providers = LOW_RANK_PROVIDERS | new
+        providers = LOW_RANK_PROVIDERS
         yield providers | in_cuda_graphs(providers), LowRankCase(n, tokens, device, "bfloat16")
 
 
@@ -438,10 +428,7 @@ def unet_step(device: str, smoke: bool) -> Steps:
     """Training steps of whole UNets."""
     from unet_providers import UNET_GRAPHS, UNET_PROVIDERS, UNetCase
 
-    ours = ("SODA", "A r=8", "R r=8")
-    new = {name + NEW_KERNELS: with_new_kernels(UNET_PROVIDERS[name]) for name in ours}
-    graphs = {name + NEW_KERNELS: with_new_kernels(UNET_GRAPHS[name]) for name in ours}
-    providers = UNET_PROVIDERS | new | in_cuda_graphs(UNET_GRAPHS | graphs)
+    providers = UNET_PROVIDERS | in_cuda_graphs(UNET_GRAPHS)
     if smoke:
         yield providers, UNetCase("toy", 4, device)
         return

@@ -3,8 +3,8 @@
     python benchmarks/gpu_profile.py --model sdxl --methods "SODA" "PEFT LoRA r=8"
 
 For a method: its step's kernels summed by name, from one replay of the recorded step, and the
-operators that the host spends its time in, from one step as it is called. A method's name may end
-in ", new kernels". The profiler slows the host down; shares are what to read.
+operators that the host spends its time in, from one step as it is called. The profiler slows the
+host down; shares are what to read.
 """
 
 from __future__ import annotations
@@ -12,27 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from providers import NEW_KERNELS, Candidate, in_cuda_graph, with_new_kernels
+from providers import Candidate, in_cuda_graph
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from unet_providers import UNET_GRAPHS, UNetCase, UNetProblem
+from unet_providers import UNET_GRAPHS, UNetCase
 
 CASES = {
     "sd15": UNetCase("sd15", 64, "cuda", "bfloat16", batch=4),
     "sdxl": UNetCase("sdxl", 128, "cuda", "bfloat16"),
 }
 SHOWN = 30
-
-
-def provider(name: str) -> Callable[[UNetProblem], Candidate]:
-    plain = UNET_GRAPHS[name.removesuffix(NEW_KERNELS)]
-    return with_new_kernels(plain) if name.endswith(NEW_KERNELS) else plain
 
 
 def kernels(candidate: Candidate) -> dict[str, tuple[float, int]]:
@@ -92,8 +86,8 @@ def main() -> None:
     document: dict[str, Any] = {}
     graphs = []  # their memory is shared as long as one of them lives
     for name in arguments.methods:
-        as_called = provider(name)(problem)
-        graphs.append(in_cuda_graph(provider(name))(problem))
+        as_called = UNET_GRAPHS[name](problem)
+        graphs.append(in_cuda_graph(UNET_GRAPHS[name])(problem))
         parts = {"kernels": kernels(graphs[-1])}
         if arguments.host:
             parts["host"] = host(as_called)

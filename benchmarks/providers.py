@@ -109,33 +109,6 @@ def in_cuda_graphs(
     return {name + IN_GRAPH: in_cuda_graph(provider) for name, provider in providers.items()}
 
 
-NEW_KERNELS = ", new kernels"
-
-
-def with_new_kernels(provider: Callable[[Any], Candidate]) -> Callable[[Any], Candidate]:
-    """The same step with the CUDA kernels that are not in use by themselves yet."""
-
-    def switched(problem: Any) -> Candidate:
-        try:
-            from spectral_kernels import _C
-
-            switch = _C._use_new_kernels
-        except (ImportError, AttributeError) as error:
-            raise Unavailable("needs an extension with CUDA code") from error
-        candidate = provider(problem)
-
-        def step() -> Tensors:
-            switch(True)
-            try:
-                return candidate.step()
-            finally:
-                switch(False)
-
-        return replace(candidate, step=step)
-
-    return switched
-
-
 def _step(value: Tensor, leaves: Tensors, grad: Tensor) -> Tensors:
     return [value.detach(), *torch.autograd.grad(value, leaves, grad)]
 

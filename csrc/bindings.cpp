@@ -71,7 +71,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #if defined(SPECTRAL_WITH_CUDA)
     m.def(
         "_use_new_kernels", [](bool on) { spectral::new_kernels_are_on = on; }, py::arg("on"),
-        "Whether layers use the CUDA kernels that no GPU has run as they are now: SODA in bf16 on\n"
-        "tensor cores, and what lies between the products of A and R. Off at first.");
+        "Whether layers use the newest CUDA kernels: SODA in bf16 on tensor cores, and what lies\n"
+        "between the products of A and R. On at first; off for comparisons and tests.");
 #endif
 }

@@ -1,11 +1,11 @@
-// Kernels for CUDA that no GPU has run as they are now: the layers leave them alone until one has
-// shown that they are right and faster, unless they are turned on.
+// The newest CUDA kernels of the layers. They can be turned off, to compare and to test what runs
+// instead; a kernel that no GPU has run belongs behind a switch that is off.
 #pragma once
 
 #include <atomic>
 
 namespace spectral {
 
-inline std::atomic<bool> new_kernels_are_on{false};
+inline std::atomic<bool> new_kernels_are_on{true};
 
 }  // namespace spectral

@@ -74,6 +74,7 @@ HEADERS = tuple(
         "kron_rotate_cuda.cuh",
         "kron_rotate_cuda.h",
         "kron_tensor_core.h",
+        "kron_tiles.h",
         "low_rank.h",
         "low_rank_cuda.cuh",
         "low_rank_cuda.h",

@@ -148,7 +148,7 @@ def rotate_entry(rows: int, dims: tuple[int, ...], dtype: torch.dtype, device: s
 
 def takes_tensor_cores(dims: tuple[int, ...], dtype: torch.dtype, device: str) -> bool:
     """Whether the kernels on tensor cores are there and take these rows."""
-    fits = len(dims) == 2 and dims[0] <= 32 and dims[1] <= 48 and dims[1] % 2 == 0
+    fits = len(dims) == 2 and max(dims) <= 64 and dims[1] % 2 == 0 and prod(dims) % 8 == 0
     built = hasattr(torch.ops.spectral_products, "kron_gram_on_tensor_cores")
     return fits and built and device == "cuda" and dtype == torch.bfloat16
 
@@ -527,7 +527,7 @@ def section_in_a_process(name: str, arguments: argparse.Namespace, limit: float)
         part = Path(folder) / "part.json"
         command = [sys.executable, __file__, "--only", name, "--part", str(part)]
         command += ["--device", arguments.device, "--seconds", str(arguments.seconds)]
-        command += ["--smoke"] * arguments.smoke
+        command += ["--smoke"] * arguments.smoke + ["--wide-tiles"] * arguments.wide_tiles
         try:
             status = subprocess.run(command, timeout=limit, check=False).returncode
             ending = f"failed: the process ended with {status}" if status else ""
@@ -593,12 +593,19 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="one tiny shape of each, one process")
     parser.add_argument("--seconds", type=float, default=1.5, help="time per case of whole steps")
     parser.add_argument("--minutes", type=float, default=6.0, help="time of all sections together")
+    parser.add_argument(
+        "--wide-tiles", action="store_true", help="layers use them: see docs/kernels.md"
+    )
     parser.add_argument("--only", choices=SECTIONS, help="one section, in this process")
     parser.add_argument("--part", type=Path, help="where --only keeps its numbers")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device here")
     torch.manual_seed(0)
+    if arguments.wide_tiles:
+        from spectral_kernels import _C
+
+        _C._use_wide_tiles(True)
     if arguments.only:
         section_by_itself(arguments.only, arguments)
         return 0
@@ -624,7 +631,8 @@ def main() -> int:
         for key, found in part.items():
             document[key] = document[key] + found if key == "entries" else document[key] | found
         if path is not None:  # now: whoever started this may end it at any time
-            so_far = {"date": report.now(), **conditions, **document}
+            wide = {"wide_tiles": True} if arguments.wide_tiles else {}
+            so_far = {"date": report.now(), **conditions, **wide, **document}
             path.write_text(json.dumps(so_far, indent=1) + "\n")
 
     print(f"\n{table(document)}\n")

@@ -70,6 +70,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Switch the CPU kernels to a level of _simd_levels(), for tests; ValueError otherwise.");
 #if defined(SPECTRAL_WITH_CUDA)
     m.def(
+        "_use_wide_tiles", [](bool on) { spectral::wide_tiles_are_on = on; }, py::arg("on"),
+        "Whether the tensor-core kernels take rows of more than 32 x 48; no GPU has run these.");
+    m.def(
+        "_layers_use_tile", &spectral::layers_use_tile, py::arg("n1"), py::arg("n2"),
+        "Whether bf16 rows of two factors are rotated on tensor cores where there are any.");
+    m.def(
         "_use_new_kernels", [](bool on) { spectral::new_kernels_are_on = on; }, py::arg("on"),
         "Whether layers use the newest CUDA kernels: SODA in bf16 on tensor cores, and what lies\n"
         "between the products of A and R. On at first; off for comparisons and tests.");

@@ -1,6 +1,6 @@
-// kron_gram's sums on tensor cores: every warp walks rows of its own, a block adds its warps' sums,
-// and a second kernel adds the blocks', in an order that is always the same, and makes gradients of
-// them.
+// kron_gram's sums on tensor cores: every warp, or the warps that share a row, walk rows of their
+// own, a block adds its rows' sums, and a second kernel adds the blocks', in an order that is
+// always the same, and makes gradients of them.
 #include <cuda_runtime_api.h>
 
 #include "kron_gram_cuda.cuh"
@@ -8,34 +8,37 @@
 namespace spectral::cuda {
 namespace {
 
-// Shared memory: the warps' tiles, or once those are done their sums; then scale and places.
-template <int P1, int P2>
+// Shared memory: the rows' tiles, or once those are done their sums; then scale and places.
+template <typename Tile, int kRows>
 constexpr int first_bytes(int n1, int n2) {
-    const int tiles = kGramWarps * static_cast<int>(sizeof(typename Gram<P1, P2>::Tiles));
-    const int sums = kGramWarps * 4 * static_cast<int>(gram_length(n1, n2));
+    const int tiles = kRows * static_cast<int>(sizeof(typename Tile::Tiles));
+    const int sums = kRows * 4 * static_cast<int>(gram_length(n1, n2));
     return ((tiles > sums ? tiles : sums) + 15) / 16 * 16;
 }
 
-template <int P1, int P2>
-__global__ void __launch_bounds__(32 * kGramWarps)
+template <int P1, int P2, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps * kRowsAtATime<kWarps>)
     gram_kernel(const GramProblem problem, int first, int length) {
-    using Tile = Gram<P1, P2>;
+    using Tile = Gram<P1, P2, kWarps>;
+    constexpr int kRows = kRowsAtATime<kWarps>;
+    constexpr int kThreads = Tile::kThreads * kRows;
     extern __shared__ char shared[];
     auto* const tiles = reinterpret_cast<typename Tile::Tiles*>(shared);
     auto* const scale = reinterpret_cast<float*>(shared + first);
     const int n1 = problem.n1, n2 = problem.n2, width = n1 * n2;
     auto* const places = reinterpret_cast<std::uint16_t*>(scale + width);
     const int thread = static_cast<int>(threadIdx.x);
-    const int warp = thread / 32, index = thread % 32;
+    const int place = thread / Tile::kThreads, within = thread % Tile::kThreads;
+    const int share = within / 32, index = within % 32;
 
-    for (int i = thread; i < width; i += 32 * kGramWarps) {
+    for (int i = thread; i < width; i += kThreads) {
         scale[i] = problem.scale == nullptr ? 1.0f : problem.scale[i];
     }
-    for (int i = thread; i < width / 2; i += 32 * kGramWarps) {
+    for (int i = thread; i < width / 2; i += kThreads) {
         places[i] = static_cast<std::uint16_t>(Tile::place(i, n2));
     }
     auto* const zeros = reinterpret_cast<Pair*>(shared);
-    for (int i = thread; i < first / 4; i += 32 * kGramWarps) zeros[i] = 0;
+    for (int i = thread; i < first / 4; i += kThreads) zeros[i] = 0;
     __syncthreads();
 
     typename Tile::Lane lane;
@@ -44,26 +47,26 @@ __global__ void __launch_bounds__(32 * kGramWarps)
     const auto* const a = static_cast<const Bits*>(problem.a);
     const auto* const b = static_cast<const Bits*>(problem.b);
     auto* const scaled = static_cast<Bits*>(problem.scaled);
-    const std::int64_t step = std::int64_t{kGramWarps} * problem.blocks;
-    for (std::int64_t row = std::int64_t{kGramWarps} * blockIdx.x + warp; row < problem.rows;
+    const std::int64_t step = std::int64_t{kRows} * problem.blocks;
+    for (std::int64_t row = std::int64_t{kRows} * blockIdx.x + place; row < problem.rows;
          row += step) {
         Tile::load(
-            lane, index, a + row * width, b + row * width, scale,
-            scaled == nullptr ? nullptr : scaled + row * width, places, width, tiles[warp]);
-        self.meet();
-        Tile::multiply(self, tiles[warp]);
-        self.meet();
+            lane, within, a + row * width, b + row * width, scale,
+            scaled == nullptr ? nullptr : scaled + row * width, places, width, tiles[place]);
+        meet<kWarps>();
+        Tile::multiply(self, share, tiles[place], n1, n2);
+        meet<kWarps>();
     }
 
     __syncthreads();
     auto* const sums = reinterpret_cast<float*>(shared);
-    Tile::flush(lane, index, sums + warp * length, n1, n2);
+    Tile::flush(lane, share, index, sums + place * length, n1, n2);
     __syncthreads();
     float* const out = problem.partial + std::int64_t{blockIdx.x} * length;
-    for (int i = thread; i < length; i += 32 * kGramWarps) {
+    for (int i = thread; i < length; i += kThreads) {
         float sum = 0;
         SPECTRAL_UNROLL
-        for (int turn = 0; turn < kGramWarps; ++turn) sum += sums[turn * length + i];
+        for (int turn = 0; turn < kRows; ++turn) sum += sums[turn * length + i];
         out[i] = sum;
     }
 }
@@ -87,16 +90,18 @@ struct Launch {
     int length;
     cudaStream_t stream;
 
-    template <int P1, int P2>
+    template <int P1, int P2, int kWarps>
     cudaError_t operator()() const {
+        using Tile = Gram<P1, P2, kWarps>;
+        constexpr int kRows = kRowsAtATime<kWarps>;
         const int width = problem.n1 * problem.n2;
-        const int first = first_bytes<P1, P2>(problem.n1, problem.n2);
+        const int first = first_bytes<Tile, kRows>(problem.n1, problem.n2);
         const int bytes = first + 4 * width + 2 * (width / 2);
-        const cudaError_t set = cudaFuncSetAttribute(
-            gram_kernel<P1, P2>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        const auto kernel = gram_kernel<P1, P2, kWarps>;
+        const cudaError_t set =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (set != cudaSuccess) return set;
-        gram_kernel<P1, P2>
-            <<<problem.blocks, 32 * kGramWarps, bytes, stream>>>(problem, first, length);
+        kernel<<<problem.blocks, kRows * Tile::kThreads, bytes, stream>>>(problem, first, length);
         return cudaGetLastError();
     }
 };

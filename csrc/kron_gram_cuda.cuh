@@ -1,6 +1,6 @@
-// The algorithm of kron_gram_cuda.cu, as steps of one warp: within a step the lanes write disjoint
-// shared memory that none of them reads, between steps they meet. So the same code runs on a host,
-// lane after lane, which is how it is tested where there is no GPU
+// The algorithm of kron_gram_cuda.cu, as steps of the warps that share a row: within a step the
+// lanes write disjoint shared memory that none of them reads, between steps they meet. So the same
+// code runs on a host, lane after lane, which is how it is tested where there is no GPU
 // (tests/kron_gram_cuda_on_host.cpp). No CUDA header here.
 //
 // Tensor cores multiply bf16 numbers exactly and add in fp32. a is bf16; b * scale is split into
@@ -16,15 +16,20 @@
 
 namespace spectral::cuda {
 
-// Sizes P1 x P2 of a tile, multiples of 16, with zeros beyond n1 x n2.
-template <int P1, int P2>
+// Sizes P1 x P2 of a tile, multiples of 16, with zeros beyond n1 x n2; warp number `share` of
+// kWarps has the rows of both Grams from 16 * share * their number on.
+template <int P1, int P2, int kWarps>
 struct Gram {
+    static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kFirst = P1 / 16 / kWarps;
+    static constexpr int kSecond = P2 / 16 / kWarps;
+    static_assert(kFirst * kWarps * 16 == P1 && kSecond * kWarps * 16 == P2);
     // Eight rows of a tile begin in eight different quarters of the banks.
     static constexpr int kStride = P2 + 8;
     static constexpr int kTile = P1 * kStride;
-    static constexpr int kChunks = (P1 * P2 / 8 + 31) / 32;
+    static constexpr int kChunks = (P1 * P2 / 8 + kThreads - 1) / kThreads;
 
-    // Shared memory of one warp: a, and the two parts of b * scale.
+    // Shared memory of one row: a, and the two parts of b * scale.
     struct Tiles {
         Bits a[kTile];
         Bits high[kTile];
@@ -33,8 +38,8 @@ struct Gram {
 
     // Registers of one lane.
     struct Lane {
-        float first[P1 / 16][P1 / 8][4];
-        float second[P2 / 16][P2 / 8][4];
+        float first[kFirst][P1 / 8][4];
+        float second[kSecond][P2 / 8][4];
         float column[kChunks][8];
         Pair left[4];
         Pair high[2];
@@ -56,13 +61,13 @@ struct Gram {
     }
 
     // One row of a and b into the tiles, and into the column sums; a * scale to `scaled` if that is
-    // wanted. `places` are those of all pairs.
+    // wanted. `places` are those of all pairs, `thread` counts through the warps of the row.
     SPECTRAL_BOTH static void load(
-        Lane& lane, int index, const Bits* a, const Bits* b, const float* scale, Bits* scaled,
+        Lane& lane, int thread, const Bits* a, const Bits* b, const float* scale, Bits* scaled,
         const std::uint16_t* places, int width, Tiles& tiles) {
         SPECTRAL_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk) {
-            const int start = 8 * (32 * chunk + index);
+            const int start = 8 * (kThreads * chunk + thread);
             if (start >= width) continue;
             const Quad left = *reinterpret_cast<const Quad*>(a + start);
             const Quad right = *reinterpret_cast<const Quad*>(b + start);
@@ -90,17 +95,23 @@ struct Gram {
         }
     }
 
+    // Whether a block of 16 has nothing but zeros; told where a tile is much larger than its row.
+    SPECTRAL_BOTH static bool is_zero(int start, int n) { return kWarps > 1 && start >= n; }
+
     // Adds the products of the row that is in the tiles.
     template <typename Warp>
-    SPECTRAL_BOTH static void multiply(Warp& warp, const Tiles& tiles) {
+    SPECTRAL_BOTH static void multiply(Warp& warp, int share, const Tiles& tiles, int n1, int n2) {
         const auto left = [](Lane& lane) -> Pair* { return lane.left; };
         // gram_1[p, q] = sum over c of a[p, c] b[q, c]
         SPECTRAL_UNROLL
         for (int c = 0; c < P2; c += 16) {
+            if (is_zero(c, n2)) continue;
             SPECTRAL_UNROLL
-            for (int p = 0; p < P1 / 16; ++p) {
+            for (int p = 0; p < kFirst; ++p) {
+                const int start = 16 * (kFirst * share + p);
+                if (is_zero(start, n1)) continue;
                 warp.each([&](Lane& lane, int index) {
-                    along<4, kStride>(lane.left, tiles.a, 16 * p, c, index);
+                    along<4, kStride>(lane.left, tiles.a, start, c, index);
                 });
                 SPECTRAL_UNROLL
                 for (int q = 0; q < P1 / 8; ++q) {
@@ -117,11 +128,14 @@ struct Gram {
         // gram_2[p, q] = sum over o of a[o, p] b[o, q]
         SPECTRAL_UNROLL
         for (int o = 0; o < P1; o += 16) {
+            if (is_zero(o, n1)) continue;
             SPECTRAL_UNROLL
-            for (int p = 0; p < P2 / 16; ++p) {
+            for (int p = 0; p < kSecond; ++p) {
+                const int start = 16 * (kSecond * share + p);
+                if (is_zero(start, n2)) continue;
                 warp.each([&](Lane& lane, int index) {
                     Warp::template across<4, kStride>(
-                        lane.left, tiles.a + o * kStride + 16 * p, index);
+                        lane.left, tiles.a + o * kStride + start, index);
                 });
                 SPECTRAL_UNROLL
                 for (int q = 0; q < P2 / 8; ++q) {
@@ -139,30 +153,31 @@ struct Gram {
         }
     }
 
-    // One warp's sums to its own [gram_length]. The Grams are turned: a column is read at once.
-    SPECTRAL_BOTH static void flush(const Lane& lane, int index, float* sums, int n1, int n2) {
-        put<P1>(lane.first, index, sums, n1);
-        put<P2>(lane.second, index, sums + n1 * n1, n2);
+    // One warp's part of its row's [gram_length]. The Grams are turned: a column is read at once.
+    SPECTRAL_BOTH static void flush(
+        const Lane& lane, int share, int index, float* sums, int n1, int n2) {
+        put<kFirst, P1>(lane.first, kFirst * share, index, sums, n1);
+        put<kSecond, P2>(lane.second, kSecond * share, index, sums + n1 * n1, n2);
         float* const columns = sums + n1 * n1 + n2 * n2;
         SPECTRAL_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk) {
-            const int start = 8 * (32 * chunk + index);
+            const int start = 8 * (kThreads * chunk + 32 * share + index);
             if (start >= n1 * n2) continue;
             SPECTRAL_UNROLL
             for (int i = 0; i < 8; ++i) columns[start + i] = lane.column[chunk][i];
         }
     }
 
-    template <int P>
+    template <int kRows, int P>
     SPECTRAL_BOTH static void put(
-        const float (&tiles)[P / 16][P / 8][4], int index, float* sums, int n) {
+        const float (&tiles)[kRows][P / 8][4], int first, int index, float* sums, int n) {
         SPECTRAL_UNROLL
-        for (int p = 0; p < P / 16; ++p) {
+        for (int p = 0; p < kRows; ++p) {
             SPECTRAL_UNROLL
             for (int q = 0; q < P / 8; ++q) {
                 SPECTRAL_UNROLL
                 for (int i = 0; i < 4; ++i) {
-                    const int row = 16 * p + index / 4 + (i < 2 ? 0 : 8);
+                    const int row = 16 * (first + p) + index / 4 + (i < 2 ? 0 : 8);
                     const int column = 8 * q + 2 * (index % 4) + i % 2;
                     if (row < n && column < n) sums[column * n + row] = tiles[p][q][i];
                 }
@@ -177,7 +192,7 @@ struct Gram {
 struct Finish {
     static constexpr int kLength = 64;
     static constexpr int kSplits = 16;
-    static_assert(kLength >= kMaxGramFirst && kLength >= kMaxGramSecond);
+    static_assert(kLength >= kMostFirst && kLength >= kMostSecond);
 
     // Shared memory of the block.
     struct Parts {

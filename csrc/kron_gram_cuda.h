@@ -3,21 +3,11 @@
 
 #include <cstdint>
 
+#include "kron_tiles.h"
+
 struct CUstream_st;
 
 namespace spectral::cuda {
-
-// Rows of two factors n1 x n2, bf16. A row is a tile that one warp keeps in shared memory, and the
-// sums of all its rows stay in the warp's registers, which is what limits the sizes.
-inline constexpr int kMaxGramFirst = 32;
-inline constexpr int kMaxGramSecond = 48;
-inline constexpr int kGramWarps = 4;
-
-constexpr bool gram_is_supported(std::int64_t n1, std::int64_t n2) {
-    // Sixteen bytes at a time are loaded, and two neighbours are stored.
-    return n1 >= 1 && n2 >= 1 && n1 <= kMaxGramFirst && n2 <= kMaxGramSecond && n2 % 2 == 0 &&
-           n1 * n2 % 8 == 0;
-}
 
 // Numbers in one block's share of the sums: the transposes of both Grams and the column sums.
 constexpr std::int64_t gram_length(std::int64_t n1, std::int64_t n2) {

@@ -1,5 +1,5 @@
-// kron_rotate on tensor cores: every warp walks rows of its own, loads one, rotates it in shared
-// memory and registers, and stores it.
+// kron_rotate on tensor cores: every warp, or the warps that share a row, walk rows of their own,
+// load one, rotate it in shared memory and registers, and store it.
 #include <cuda_runtime_api.h>
 
 #include <vector>
@@ -9,24 +9,28 @@
 namespace spectral::cuda {
 namespace {
 
-template <int P1, int P2>
+template <int P1, int P2, int kWarps>
 struct Shared {
-    typename Rotate<P1, P2>::Tiles tiles[kRotateWarps];
-    typename Rotate<P1, P2>::Matrices matrices;
+    using Tile = Rotate<P1, P2, kWarps>;
+    typename Tile::Tiles tiles[kRowsAtATime<kWarps>];
+    typename Tile::Matrices matrices;
     float before[P1 * P2];
     float after[P1 * P2];
     std::uint16_t places[P1 * P2 / 2];
 };
 
-template <int P1, int P2>
-__global__ void __launch_bounds__(32 * kRotateWarps) rotate_kernel(const RotateProblem problem) {
-    using Tile = Rotate<P1, P2>;
+template <int P1, int P2, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps * kRowsAtATime<kWarps>)
+    rotate_kernel(const RotateProblem problem) {
+    using Tile = Rotate<P1, P2, kWarps>;
+    constexpr int kRows = kRowsAtATime<kWarps>;
+    constexpr int kThreads = Tile::kThreads * kRows;
     extern __shared__ double memory[];
-    auto& shared = *reinterpret_cast<Shared<P1, P2>*>(memory);
+    auto& shared = *reinterpret_cast<Shared<P1, P2, kWarps>*>(memory);
     const int n1 = problem.n1, n2 = problem.n2, width = n1 * n2;
     const int thread = static_cast<int>(threadIdx.x);
-    const int warp = thread / 32, index = thread % 32;
-    constexpr int kThreads = 32 * kRotateWarps;
+    const int place = thread / Tile::kThreads, within = thread % Tile::kThreads;
+    const int share = within / 32, index = within % 32;
     const bool transpose = problem.transpose != 0;
 
     auto* const zeros = reinterpret_cast<Pair*>(shared.tiles);
@@ -49,20 +53,23 @@ __global__ void __launch_bounds__(32 * kRotateWarps) rotate_kernel(const RotateP
 
     typename Tile::Lane lane;
     DeviceWarp<typename Tile::Lane> self{lane, index};
-    auto& tiles = shared.tiles[warp];
+    auto& tiles = shared.tiles[place];
     const bool is_split = problem.before != nullptr;
     const float* const before = is_split ? shared.before : nullptr;
     const float* const after = problem.after == nullptr ? nullptr : shared.after;
     const auto* const x = static_cast<const Bits*>(problem.x);
     auto* const y = static_cast<Bits*>(problem.y);
-    const std::int64_t step = std::int64_t{kRotateWarps} * gridDim.x;
-    for (std::int64_t row = std::int64_t{kRotateWarps} * blockIdx.x + warp; row < problem.rows;
+    const std::int64_t step = std::int64_t{kRows} * gridDim.x;
+    for (std::int64_t row = std::int64_t{kRows} * blockIdx.x + place; row < problem.rows;
          row += step) {
-        Tile::load(index, x + row * width, before, shared.places, width, tiles);
-        self.meet();
-        Tile::turn(self, shared.matrices, tiles, is_split, after, n1, n2);
-        Tile::store(index, y + row * width, shared.places, width, tiles);
-        self.meet();
+        Tile::load(within, x + row * width, before, shared.places, width, tiles);
+        meet<kWarps>();
+        Tile::turn_first(self, share, shared.matrices, tiles, is_split, n1, n2);
+        meet<kWarps>();
+        Tile::turn_second(self, share, shared.matrices, tiles, after, n1, n2);
+        meet<kWarps>();
+        Tile::store(within, y + row * width, shared.places, width, tiles);
+        meet<kWarps>();
     }
 }
 
@@ -70,13 +77,14 @@ struct Launch {
     const RotateProblem& problem;
     cudaStream_t stream;
 
-    template <int P1, int P2>
+    template <int P1, int P2, int kWarps>
     cudaError_t operator()() const {
-        const int bytes = sizeof(Shared<P1, P2>);
-        const cudaError_t set = cudaFuncSetAttribute(
-            rotate_kernel<P1, P2>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        const int bytes = sizeof(Shared<P1, P2, kWarps>);
+        const auto kernel = rotate_kernel<P1, P2, kWarps>;
+        const cudaError_t set =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (set != cudaSuccess) return set;
-        rotate_kernel<P1, P2><<<problem.blocks, 32 * kRotateWarps, bytes, stream>>>(problem);
+        kernel<<<problem.blocks, 32 * kWarps * kRowsAtATime<kWarps>, bytes, stream>>>(problem);
         return cudaGetLastError();
     }
 };

@@ -1,10 +1,10 @@
-// The algorithm of kron_rotate_cuda.cu, as steps of one warp; on a host lane after lane
+// The algorithm of kron_rotate_cuda.cu, as steps of the warps of a row; on a host lane after lane
 // (tests/kron_rotate_cuda_on_host.cpp). No CUDA header here.
 //
-// A row X [n1, n2] becomes R1^T X R2. The warp makes T = R1^T X first, whose sums lie in registers
-// just as the right operand of the second product wants them if that is the transposed one,
-// Y^T = R2^T T^T; so T never leaves them. The matrices and T are split into two bf16 numbers each,
-// and so is X where a scale comes before.
+// A row X [n1, n2] becomes R1^T X R2. A warp makes its rows of T = R1^T X first, whose sums lie in
+// registers just as the right operand of the second product wants them if that is the transposed
+// one, Y^T = R2^T T^T; so T never leaves them. The matrices and T are split into two bf16 numbers
+// each, and so is X where a scale comes before.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +14,18 @@
 
 namespace spectral::cuda {
 
-template <int P1, int P2>
+template <int P1, int P2, int kWarps>
 struct Rotate {
+    static constexpr int kThreads = 32 * kWarps;
+    // Blocks of 16 rows of T and Y that a warp has; number `share` of them begins with the
+    // (kRows * share)th.
+    static constexpr int kRows = P1 / 16 / kWarps;
+    static_assert(kRows * kWarps * 16 == P1);
     static constexpr int kStride = P2 + 8;
     static constexpr int kFirstStride = P1 + 8;
-    static constexpr int kChunks = (P1 * P2 / 8 + 31) / 32;
+    static constexpr int kChunks = (P1 * P2 / 8 + kThreads - 1) / kThreads;
 
-    // Shared memory of one warp: the row, later the result.
+    // Shared memory of one row: the row, later the result.
     struct Tiles {
         Bits high[P1 * kStride];
         Bits low[P1 * kStride];
@@ -36,10 +41,10 @@ struct Rotate {
 
     // Registers of one lane.
     struct Lane {
-        float turned[P1 / 16][P2 / 8][4];
+        float turned[kRows][P2 / 8][4];
         // The same as two bf16 each: [..][0] of the upper eight rows, [..][1] of the lower.
-        Pair high[P1 / 16][P2 / 8][2];
-        Pair low[P1 / 16][P2 / 8][2];
+        Pair high[kRows][P2 / 8][2];
+        Pair low[kRows][P2 / 8][2];
         float result[4];
         Pair left_high[4];
         Pair left_low[4];
@@ -69,11 +74,11 @@ struct Rotate {
     }
 
     SPECTRAL_BOTH static void load(
-        int index, const Bits* x, const float* before, const std::uint16_t* places, int width,
+        int thread, const Bits* x, const float* before, const std::uint16_t* places, int width,
         Tiles& tiles) {
         SPECTRAL_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk) {
-            const int start = 8 * (32 * chunk + index);
+            const int start = 8 * (kThreads * chunk + thread);
             if (start >= width) continue;
             const Quad from = *reinterpret_cast<const Quad*>(x + start);
             SPECTRAL_UNROLL
@@ -97,11 +102,14 @@ struct Rotate {
         }
     }
 
-    // The row in the tiles, rotated: into the tile `high`, in bf16, times `after` if there is one.
+    // Whether a block has nothing but zeros; told where a tile is much larger than its row.
+    SPECTRAL_BOTH static bool is_zero(int start, int n) { return kWarps > 1 && start >= n; }
+
+    // The warp's rows of T = R1^T X, in its registers.
     template <typename Warp>
-    SPECTRAL_BOTH static void turn(
-        Warp& warp, const Matrices& matrices, Tiles& tiles, bool is_split, const float* after,
-        int n1, int n2) {
+    SPECTRAL_BOTH static void turn_first(
+        Warp& warp, int share, const Matrices& matrices, const Tiles& tiles, bool is_split, int n1,
+        int n2) {
         const auto left_high = [](Lane& lane) -> Pair* { return lane.left_high; };
         const auto left_low = [](Lane& lane) -> Pair* { return lane.left_low; };
         const auto right_high = [](Lane& lane) -> Pair* { return lane.right_high; };
@@ -115,14 +123,18 @@ struct Rotate {
         });
         SPECTRAL_UNROLL
         for (int p = 0; p < P1; p += 16) {
+            if (is_zero(p, n1)) continue;
             SPECTRAL_UNROLL
-            for (int i = 0; i < P1 / 16; ++i) {
+            for (int i = 0; i < kRows; ++i) {
+                const int row = 16 * (kRows * share + i);
+                if (is_zero(row, n1)) continue;
                 warp.each([&](Lane& lane, int index) {
-                    along<4, kFirstStride>(lane.left_high, matrices.first_high, 16 * i, p, index);
-                    along<4, kFirstStride>(lane.left_low, matrices.first_low, 16 * i, p, index);
+                    along<4, kFirstStride>(lane.left_high, matrices.first_high, row, p, index);
+                    along<4, kFirstStride>(lane.left_low, matrices.first_low, row, p, index);
                 });
                 SPECTRAL_UNROLL
                 for (int c = 0; c < P2 / 8; ++c) {
+                    if (is_zero(8 * c, n2)) continue;
                     const int at = p * kStride + 8 * c;
                     const auto sums = [=](Lane& lane) -> float* { return lane.turned[i][c]; };
                     warp.each([&](Lane& lane, int index) {
@@ -140,11 +152,21 @@ struct Rotate {
                 }
             }
         }
-        // What was read may be written over now.
-        warp.meet();
+    }
+
+    // The warp's rows of Y = T R2, in bf16 and times `after` if there is one: into the tile `high`,
+    // which all warps of the row have read by now.
+    template <typename Warp>
+    SPECTRAL_BOTH static void turn_second(
+        Warp& warp, int share, const Matrices& matrices, Tiles& tiles, const float* after, int n1,
+        int n2) {
+        const auto left_high = [](Lane& lane) -> Pair* { return lane.left_high; };
+        const auto left_low = [](Lane& lane) -> Pair* { return lane.left_low; };
+        const auto right_high = [](Lane& lane) -> Pair* { return lane.right_high; };
+        const auto right_low = [](Lane& lane) -> Pair* { return lane.right_low; };
         warp.each([](Lane& lane, int) {
             SPECTRAL_UNROLL
-            for (int i = 0; i < P1 / 16; ++i) {
+            for (int i = 0; i < kRows; ++i) {
                 SPECTRAL_UNROLL
                 for (int c = 0; c < P2 / 8; ++c) {
                     SPECTRAL_UNROLL
@@ -160,14 +182,18 @@ struct Rotate {
         // Y[i, j] = sum over c of T[i, c] R2[c, j], as its transpose
         SPECTRAL_UNROLL
         for (int j = 0; j < P2 / 16; ++j) {
+            if (is_zero(16 * j, n2)) continue;
             SPECTRAL_UNROLL
-            for (int i = 0; i < P1 / 8; ++i) {
+            for (int i = 0; i < 2 * kRows; ++i) {
+                const int first = 8 * (2 * kRows * share + i);
+                if (is_zero(first, n1)) continue;
                 const auto sums = [](Lane& lane) -> float* { return lane.result; };
                 warp.each([](Lane& lane, int) {
                     for (float& sum : lane.result) sum = 0;
                 });
                 SPECTRAL_UNROLL
                 for (int c = 0; c < P2 / 16; ++c) {
+                    if (is_zero(16 * c, n2)) continue;
                     warp.each([&](Lane& lane, int index) {
                         along<4, kStride>(
                             lane.left_high, matrices.second_high, 16 * j, 16 * c, index);
@@ -186,7 +212,7 @@ struct Rotate {
                 warp.each([&](Lane& lane, int index) {
                     SPECTRAL_UNROLL
                     for (int k = 0; k < 4; ++k) {
-                        const int row = 8 * i + 2 * (index % 4) + k % 2;
+                        const int row = first + 2 * (index % 4) + k % 2;
                         const int column = 16 * j + index / 4 + (k < 2 ? 0 : 8);
                         if (row >= n1 || column >= n2) continue;
                         const float scale = after == nullptr ? 1.0f : after[row * n2 + column];
@@ -195,14 +221,13 @@ struct Rotate {
                 });
             }
         }
-        warp.meet();
     }
 
     SPECTRAL_BOTH static void store(
-        int index, Bits* y, const std::uint16_t* places, int width, const Tiles& tiles) {
+        int thread, Bits* y, const std::uint16_t* places, int width, const Tiles& tiles) {
         SPECTRAL_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk) {
-            const int start = 8 * (32 * chunk + index);
+            const int start = 8 * (kThreads * chunk + thread);
             if (start >= width) continue;
             Quad out;
             SPECTRAL_UNROLL

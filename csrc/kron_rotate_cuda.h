@@ -3,17 +3,11 @@
 
 #include <cstdint>
 
+#include "kron_tiles.h"
+
 struct CUstream_st;
 
 namespace spectral::cuda {
-
-inline constexpr int kRotateWarps = 4;
-
-constexpr bool rotate_is_supported(std::int64_t n1, std::int64_t n2) {
-    // A row is a tile of one warp; sixteen bytes at a time are loaded, and two neighbours are
-    // stored.
-    return n1 >= 1 && n2 >= 1 && n1 <= 32 && n2 <= 48 && n2 % 2 == 0 && n1 * n2 % 8 == 0;
-}
 
 struct RotateProblem {
     const void* x;        // [rows, n1 * n2] bf16, 16-byte aligned

@@ -9,8 +9,10 @@
 
 namespace spectral::tensor_core {
 
-// Whether the kernels take rows like these: bf16 on a device of capability 8.0 or later, two
-// factors of sizes that fit. What they do is what the raw ops of these names do.
+// Whether the kernels can take rows like these: bf16 on a device of capability 8.0 or later, two
+// factors of sizes that fit; and whether layers give them such rows (new_kernels.h). What they do
+// is what the raw ops of these names do.
+bool can_take(const at::Tensor& rows, at::IntArrayRef sizes);
 bool takes(const at::Tensor& rows, at::IntArrayRef sizes);
 at::Tensor kron_rotate(
     const at::Tensor& x, at::TensorList factors, bool transpose,

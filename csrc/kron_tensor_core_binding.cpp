@@ -10,14 +10,20 @@
 #include "kron_gram_cuda.h"
 #include "kron_rotate_cuda.h"
 #include "kron_tensor_core.h"
+#include "new_kernels.h"
 
 namespace spectral::tensor_core {
 namespace {
 
-// Enough blocks to fill the device, and not more than there are rows for.
-std::int32_t block_count(const at::Tensor& rows, std::int64_t warps, std::int64_t each) {
+// Enough blocks to fill the device, of so many warps for each of its processors, and not more than
+// there are rows for when a block has `times` turns.
+std::int32_t block_count(
+    const at::Tensor& rows, at::IntArrayRef sizes, std::int64_t warps, std::int64_t times) {
+    const std::int64_t per_row = cuda::warps_per_row(sizes[0], sizes[1]);
+    const std::int64_t at_a_time = per_row == 1 ? cuda::kRowsAtATime<1> : cuda::kRowsAtATime<2>;
+    const std::int64_t each = warps / (per_row * at_a_time), share = times * at_a_time;
     const std::int64_t most = cuda::device_facts(rows.get_device()).multiprocessors * each;
-    return static_cast<std::int32_t>(std::min((rows.size(0) + warps - 1) / warps, most));
+    return static_cast<std::int32_t>(std::min((rows.size(0) + share - 1) / share, most));
 }
 
 at::Tensor small(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
@@ -54,7 +60,7 @@ std::vector<std::int64_t> sizes_of(at::TensorList factors) {
 
 void check_rows(const at::Tensor& rows, const char* name, at::IntArrayRef sizes) {
     TORCH_CHECK_VALUE(
-        takes(rows, sizes) && rows.dim() == 2 && rows.size(1) == sizes[0] * sizes[1], name,
+        can_take(rows, sizes) && rows.dim() == 2 && rows.size(1) == sizes[0] * sizes[1], name,
         " must be bf16 rows of two factors that the kernel takes; got ", rows.scalar_type(),
         rows.sizes(), " and factors of sizes ", sizes);
 }
@@ -86,7 +92,7 @@ void launch_rotate(
         static_cast<std::int32_t>(first.size(0)),
         static_cast<std::int32_t>(second.size(0)),
         transpose,
-        block_count(x, cuda::kRotateWarps, 3)};
+        block_count(x, {first.size(0), second.size(0)}, 12, 1)};
     C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::launch_rotate(problem, stream_of(x))));
 }
 
@@ -96,8 +102,7 @@ std::vector<at::Tensor> launch_gram(
     const at::Tensor& first, const at::Tensor& second, const at::Tensor& scaled, bool transpose) {
     const std::int64_t n1 = dims[0], n2 = dims[1];
     // What a block adds up at its end takes as long as a few rows.
-    constexpr std::int64_t kRowsPerWarp = 2;
-    const std::int32_t blocks = block_count(a, kRowsPerWarp * cuda::kGramWarps, 2);
+    const std::int32_t blocks = block_count(a, dims, 8, 2);
     const auto options = a.options().dtype(at::kFloat);
     const at::Tensor partial = at::empty({blocks, cuda::gram_length(n1, n2)}, options);
     std::vector<at::Tensor> sums{
@@ -124,11 +129,14 @@ std::vector<at::Tensor> launch_gram(
 
 }  // namespace
 
-bool takes(const at::Tensor& rows, at::IntArrayRef sizes) {
+bool can_take(const at::Tensor& rows, at::IntArrayRef sizes) {
     return rows.is_cuda() && rows.scalar_type() == at::kBFloat16 && sizes.size() == 2 &&
-           cuda::rotate_is_supported(sizes[0], sizes[1]) &&
-           cuda::gram_is_supported(sizes[0], sizes[1]) &&
+           cuda::fits_a_tile(sizes[0], sizes[1]) &&
            cuda::device_facts(rows.get_device()).major >= 8;
+}
+
+bool takes(const at::Tensor& rows, at::IntArrayRef sizes) {
+    return can_take(rows, sizes) && layers_use_tile(sizes[0], sizes[1]);
 }
 
 at::Tensor kron_rotate(

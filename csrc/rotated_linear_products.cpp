@@ -10,7 +10,6 @@
 #include "rotated_linear.h"
 #if defined(SPECTRAL_WITH_CUDA)
 #include "kron_tensor_core.h"
-#include "new_kernels.h"
 #endif
 
 namespace spectral::products {
@@ -21,7 +20,7 @@ struct Kron : PlainKron {
 
 #if defined(SPECTRAL_WITH_CUDA)
     static bool has_gradients(const at::Tensor& h, const at::Tensor& x, at::TensorList factors) {
-        if (!new_kernels_are_on || x.scalar_type() != h.scalar_type()) return false;
+        if (x.scalar_type() != h.scalar_type()) return false;
         std::vector<std::int64_t> sizes;
         for (const at::Tensor& factor : factors) {
             if (factor.scalar_type() != at::kFloat) return false;
@@ -37,7 +36,7 @@ struct Kron : PlainKron {
         const std::optional<at::Tensor>& scale_after) {
         std::vector<std::int64_t> sizes;
         for (const at::Tensor& factor : factors) sizes.push_back(factor.size(0));
-        const bool fits = new_kernels_are_on && tensor_core::takes(x, sizes);
+        const bool fits = tensor_core::takes(x, sizes);
         const auto function = fits ? &tensor_core::kron_rotate : &kron_rotate;
         return function(x, factors, transpose, scale_before, scale_after);
     }
@@ -45,8 +44,7 @@ struct Kron : PlainKron {
     static std::vector<at::Tensor> gram(
         const at::Tensor& a, const at::Tensor& b, at::IntArrayRef dims,
         const std::optional<at::Tensor>& scale_b) {
-        const bool fits =
-            new_kernels_are_on && tensor_core::takes(a, dims) && tensor_core::takes(b, dims);
+        const bool fits = tensor_core::takes(a, dims) && tensor_core::takes(b, dims);
         return (fits ? &tensor_core::kron_gram : &kron_gram)(a, b, dims, scale_b);
     }
 #else

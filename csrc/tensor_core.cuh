@@ -78,6 +78,17 @@ SPECTRAL_BOTH void along(Pair* out, const Bits* tile, int row, int column, int i
 
 #if defined(__CUDACC__)
 
+// What the kWarps warps of a row wrote to shared memory can be read by all of them. Several are a
+// block.
+template <int kWarps>
+__device__ __forceinline__ void meet() {
+    if constexpr (kWarps == 1) {
+        __syncwarp();
+    } else {
+        __syncthreads();
+    }
+}
+
 // One lane of a warp. A host has all of them (tests/warp_on_host.h).
 template <typename Lane>
 struct DeviceWarp {
@@ -88,9 +99,6 @@ struct DeviceWarp {
     __device__ __forceinline__ void each(const Step& step) {
         step(lane, index);
     }
-
-    // What was written to shared memory can be read.
-    __device__ __forceinline__ void meet() { __syncwarp(); }
 
     // sums [16, 8] += left [16, 16] times right [16, 8]
     template <typename Sums, typename Left, typename Right>
@@ -130,19 +138,5 @@ struct DeviceWarp {
 };
 
 #endif
-
-// Calls `run.template operator()<P1, P2>()` with the smallest tile that holds n1 x n2, up to 32
-// x 48.
-template <typename Run>
-auto with_tile(int n1, int n2, const Run& run) {
-    if (n1 <= 16) {
-        if (n2 <= 16) return run.template operator()<16, 16>();
-        if (n2 <= 32) return run.template operator()<16, 32>();
-        return run.template operator()<16, 48>();
-    }
-    if (n2 <= 16) return run.template operator()<32, 16>();
-    if (n2 <= 32) return run.template operator()<32, 32>();
-    return run.template operator()<32, 48>();
-}
 
 }  // namespace spectral::cuda

@@ -13,9 +13,10 @@ namespace {
 
 using namespace spectral::cuda;
 
-template <int P1, int P2>
+template <int P1, int P2, int kWarps>
 void run(const RotateProblem& problem, bool descending) {
-    using Tile = Rotate<P1, P2>;
+    using Tile = Rotate<P1, P2, kWarps>;
+    using Warp = HostWarp<typename Tile::Lane>;
     const int n1 = problem.n1, n2 = problem.n2, width = n1 * n2;
     const auto matrices = std::make_unique<typename Tile::Matrices>();
     std::memset(matrices.get(), 0xff, sizeof(*matrices));
@@ -31,20 +32,27 @@ void run(const RotateProblem& problem, bool descending) {
     }
     const auto* const x = static_cast<const Bits*>(problem.x);
     auto* const y = static_cast<Bits*>(problem.y);
-    for (int first = 0; first < kRotateWarps * problem.blocks; ++first) {
-        const auto warp = std::make_unique<HostWarp<typename Tile::Lane>>();
-        std::memset(warp->lanes, 0xff, sizeof(warp->lanes));
-        warp->descending = descending;
+    const std::int64_t step = kRowsAtATime<kWarps> * problem.blocks;
+    for (std::int64_t first = 0; first < step; ++first) {
+        const RowOnHost<Warp, kWarps> warps(descending);
+        warps.each([](Warp& warp, int) { std::memset(warp.lanes, 0xff, sizeof(warp.lanes)); });
         const auto tiles = std::make_unique<typename Tile::Tiles>();
         std::memset(tiles.get(), 0, sizeof(*tiles));
-        for (std::int64_t row = first; row < problem.rows; row += kRotateWarps * problem.blocks) {
-            warp->each([&](auto&, int index) {
-                Tile::load(index, x + row * width, problem.before, places.data(), width, *tiles);
+        for (std::int64_t row = first; row < problem.rows; row += step) {
+            warps.lanes([&](auto&, int share, int index) {
+                Tile::load(
+                    32 * share + index, x + row * width, problem.before, places.data(), width,
+                    *tiles);
             });
             const bool is_split = problem.before != nullptr;
-            Tile::turn(*warp, *matrices, *tiles, is_split, problem.after, n1, n2);
-            warp->each([&](auto&, int index) {
-                Tile::store(index, y + row * width, places.data(), width, *tiles);
+            warps.each([&](Warp& warp, int share) {
+                Tile::turn_first(warp, share, *matrices, *tiles, is_split, n1, n2);
+            });
+            warps.each([&](Warp& warp, int share) {
+                Tile::turn_second(warp, share, *matrices, *tiles, problem.after, n1, n2);
+            });
+            warps.lanes([&](auto&, int share, int index) {
+                Tile::store(32 * share + index, y + row * width, places.data(), width, *tiles);
             });
         }
     }
@@ -59,10 +67,12 @@ std::int32_t run_rotate(
     const void* x, void* y, const float* first, const float* second, const float* before,
     const float* after, std::int64_t rows, std::int32_t n1, std::int32_t n2, std::int32_t transpose,
     std::int32_t blocks, std::int32_t descending) {
-    if (!rotate_is_supported(n1, n2)) return 0;
+    if (!fits_a_tile(n1, n2)) return 0;
     const RotateProblem problem{x,    y,  first, second,    before, after,
                                 rows, n1, n2,    transpose, blocks};
-    with_tile(n1, n2, [&]<int P1, int P2>() { run<P1, P2>(problem, descending != 0); });
+    with_tile(n1, n2, [&]<int P1, int P2, int kWarps>() {
+        run<P1, P2, kWarps>(problem, descending != 0);
+    });
     return 1;
 }
 }

@@ -582,7 +582,10 @@ for small in (3, 8, 12, 20, 24):
 
 # Kronecker products on tensor cores, lane after lane on the host: see tests/warp_on_host.h.
 
-TILES = [(1, 8), (3, 8), (7, 40), (16, 16), (17, 16), (16, 20), (20, 32), (32, 40), (32, 48)]
+TILES = [
+    *((1, 8), (3, 8), (7, 40), (16, 16), (17, 16), (16, 20), (20, 32), (32, 40), (32, 48)),
+    *((32, 64), (31, 56), (48, 64), (64, 32), (57, 40), (64, 64)),  # two and four warps a row
+]
 
 
 def address(tensor):
@@ -681,7 +684,7 @@ def test_gradients_on_tensor_cores(gram_on_host, dims, transpose):
 
 
 def test_tensor_cores_leave_other_sizes(rotate_on_host, gram_on_host):
-    for dims in ((33, 40), (32, 50), (4, 9), (3, 2)):
+    for dims in ((65, 40), (32, 66), (4, 9), (3, 2)):
         k = dims[0] * dims[1]
         x = torch.randn(2, k).bfloat16()
         factors = [random_rotation(n, dtype=torch.float32) for n in dims]

@@ -237,7 +237,13 @@ needs_tensor_cores = pytest.mark.skipif(
 
 @needs_tensor_cores
 @pytest.mark.parametrize("rows", [0, 1, 77, 4099])
-@pytest.mark.parametrize("dims", [(16, 20), (20, 32), (24, 32), (32, 32), (32, 40), (32, 48)])
+@pytest.mark.parametrize(
+    "dims",
+    [
+        *((16, 20), (20, 32), (24, 32), (32, 32), (32, 40), (32, 48)),
+        *((32, 64), (48, 64), (64, 64), (64, 32)),
+    ],
+)
 def test_products_on_tensor_cores(poison, dims, rows):
     k = prod(dims)
     x, z = (torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -278,18 +284,29 @@ def kernels(request):
     switch(True)
 
 
+@pytest.fixture(params=["narrow", "wide"])
+def width(request, new_kernels):
+    """A layer's width, whose rows one warp takes or, which has to be switched on, several."""
+    if request.param == "narrow":
+        yield 640
+        return
+    new_kernels._use_wide_tiles(True)
+    yield 2048
+    new_kernels._use_wide_tiles(False)
+
+
 @pytest.mark.parametrize("plan", ["factored", "tokens"])
-def test_soda_layer_on_tensor_cores(new_kernels, plan):
-    layer = SODALinear.from_linear(torch.nn.Linear(640, 640).bfloat16(), plan=plan)
+def test_soda_layer_on_tensor_cores(width, plan):
+    layer = SODALinear.from_linear(torch.nn.Linear(width, width).bfloat16(), plan=plan)
     randomise(layer)
     layer.to(DEVICE)
-    x = torch.randn(300, 640, device=DEVICE, dtype=torch.bfloat16)
-    upstream = torch.randn(300, 640, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(300, width, device=DEVICE, dtype=torch.bfloat16)
+    upstream = torch.randn(300, width, device=DEVICE, dtype=torch.bfloat16)
     trained = [p for p in layer.parameters() if p.requires_grad]
     y = layer(x)
     gradients = torch.autograd.grad(y, trained, upstream)
 
-    wide = SODALinear.from_linear(torch.nn.Linear(640, 640), plan=plan).double().to(DEVICE)
+    wide = SODALinear.from_linear(torch.nn.Linear(width, width), plan=plan).double().to(DEVICE)
     wide.load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
     exact = wide(x.double())
     expected = torch.autograd.grad(

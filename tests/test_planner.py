@@ -1,6 +1,8 @@
 """The planner: the cost model of DESIGN section 4, calibration, that its choice is what runs."""
 
 import json
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -127,6 +129,61 @@ def test_calibration_is_kept_and_read(own_cache, monkeypatch):
 def test_a_gpu_has_defaults_for_short_and_long_numbers(own_cache, dtype):
     expected = "cuda" if dtype == torch.float32 else "cuda, 16 bits"
     assert planner.rates_for(torch.device("cuda"), dtype) == DEFAULT_RATES[expected]
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """An extension whose kernels take two factors up to 32 x 48."""
+    module = types.ModuleType("spectral_kernels._C")
+    module._layers_use_tile = lambda n1, n2: n1 <= 32 and n2 <= 48
+    monkeypatch.setitem(sys.modules, "spectral_kernels._C", module)
+
+
+def test_rates_are_those_of_what_rotates(own_cache, tensor_cores):
+    def source(factors, dtype=torch.bfloat16, device="cuda"):
+        return planner.rates_for(torch.device(device), dtype, factors).source
+
+    assert source((32, 40)) == DEFAULT_RATES["cuda, tensor cores"].source
+    for factors in ((32, 64), (4, 8, 10), None):
+        assert source(factors) == DEFAULT_RATES["cuda, 16 bits"].source
+    assert source((32, 40), torch.float16) == DEFAULT_RATES["cuda, 16 bits"].source
+    assert source((32, 40), torch.float32) == DEFAULT_RATES["cuda"].source
+    assert source((32, 40), torch.float32, "cpu") == DEFAULT_RATES["cpu"].source
+    planner.set_rates("cuda", torch.bfloat16, Rates(1.0, 2.0, 3.0, 4.0, "mine"))
+    assert source((32, 40)) == source((32, 64)) == "mine"
+    planner.set_rates("cuda", torch.bfloat16, None)
+    assert source((32, 40)) == DEFAULT_RATES["cuda, tensor cores"].source
+
+
+def test_both_kinds_of_rates_are_kept(own_cache, tensor_cores, monkeypatch):
+    """Calibration measures what rotates on tensor cores and what does not."""
+    measured = {}
+
+    def measure(device, dtype, sizes, on_tensor_cores):
+        measured[on_tensor_cores] = Rates(1.0, 2.0, 3.0, 4.0, f"measured with {sizes}")
+        return measured[on_tensor_cores]
+
+    monkeypatch.setattr(planner, "_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(planner, "_measure", measure)
+    assert planner.calibrate("cuda", torch.bfloat16) == measured[True]
+    _in_a_new_process(monkeypatch)
+    for factors, on_tensor_cores in (((32, 40), True), ((32, 64), False)):
+        rates = planner.rates_for(torch.device("cuda"), torch.bfloat16, factors)
+        assert rates == measured[on_tensor_cores]
+    planner.calibrate("cuda", torch.float16)
+    assert planner.rates_for(torch.device("cuda"), torch.float16, (32, 40)) == measured[False]
+
+
+def test_tensor_cores_decide(tensor_cores):
+    """What an H200's layers took least time with (benchmarks/results/h200-2026-11-28.json)."""
+    rates = DEFAULT_RATES["cuda, tensor cores"]
+    for tokens, n, factors, best in (
+        (77, 1280, (32, 40), "tokens"),
+        (1024, 1280, (32, 40), "tokens"),
+        (4096, 1280, (32, 40), "factored"),
+        (4096, 640, (20, 32), "factored"),
+    ):
+        assert choose_plan(tokens, n, n, factors, **LEFT, rates=rates, has_base=True).name == best
 
 
 def test_many_tokens_are_merged_on_a_gpu():

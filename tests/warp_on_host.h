@@ -2,6 +2,8 @@
 // C++, by the layout of operands that PTX documents for mma.m16n8k16 and ldmatrix.
 #pragma once
 
+#include <memory>
+
 #include "../csrc/tensor_core.cuh"
 
 namespace spectral::cuda {
@@ -10,8 +12,6 @@ template <typename Lane>
 struct HostWarp {
     Lane lanes[32];
     bool descending = false;
-
-    void meet() {}
 
     template <typename Step>
     void each(const Step& step) {
@@ -58,6 +58,32 @@ struct HostWarp {
             const Bits* const at = matrix + 2 * (index % 4) * kStride + index / 4;
             out[i] = static_cast<Pair>(at[0]) | static_cast<Pair>(at[kStride]) << 16;
         }
+    }
+};
+
+// The kWarps warps that share a row, one after another between two meetings.
+template <typename Warp, int kWarps>
+struct RowOnHost {
+    std::unique_ptr<Warp[]> warps = std::make_unique<Warp[]>(kWarps);
+    bool descending;
+
+    explicit RowOnHost(bool descends) : descending(descends) {
+        for (int i = 0; i < kWarps; ++i) warps[i].descending = descends;
+    }
+
+    template <typename Step>
+    void each(const Step& step) const {
+        for (int i = 0; i < kWarps; ++i) {
+            const int share = descending ? kWarps - 1 - i : i;
+            step(warps[share], share);
+        }
+    }
+
+    template <typename Step>
+    void lanes(const Step& step) const {
+        each([&](Warp& warp, int share) {
+            warp.each([&](auto& lane, int index) { step(lane, share, index); });
+        });
     }
 };
 

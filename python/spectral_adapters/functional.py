@@ -435,7 +435,7 @@ def adapted_product(
         uses=1 if folded is None else folded.uses,
         has_base=base_weight is not None,
         fixed_spectrum=fixed_spectrum,
-        rates=rates_for(x.device, work_dtype),
+        rates=rates_for(x.device, work_dtype, sizes),
     ).name
     if folded is not None and folded.gradient.sum is not None and training:
         name = "merged"  # its backward takes the gradient that waits

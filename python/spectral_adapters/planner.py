@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib.metadata import version
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from spectral_adapters._validation import check_choice
-from spectral_kernels.ops.kron import eager_op
+from spectral_kernels.ops.kron import eager_op, tensor_cores_take
 
 PLANS = ("factored", "merged", "tokens")
 
@@ -54,16 +54,20 @@ class Rates:
     source: str
 
 
-#: By type of device and, for "cuda", whether products run in 16 bits. On the CPU as measured on two
-#: processors with AVX-512, fp32. On CUDA from the times of kernels on an H100
-#: (benchmarks/results/h100-first-run-2026-11-27.json); 10 us a call.
+#: By type of device and, for "cuda", whether products run in 16 bits and rotations on tensor cores.
+#: On the CPU as measured on two processors with AVX-512, fp32. On CUDA from the times of kernels on
+#: an H100 (benchmarks/results/h100-first-run-2026-11-27.json); 10 us a call. On tensor cores from
+#: the layers' steps on an H200 (benchmarks/results/h200-2026-11-28.json): what a step as a CUDA
+#: graph takes at n = 1280 with 4,096 tokens more than with 77, less its GEMMs, is 22 us for each of
+#: two rotations and the Gram, where a GEMM does 564e12 operations a second.
 DEFAULT_RATES = {
     "cpu": Rates(2.0, 2.0, 1.0, 3e6, "default for CPUs"),
     "cuda": Rates(3.7, 8.1, 1.0, 4.7e8, "default for CUDA, from an H100"),
     "cuda, 16 bits": Rates(76.0, 148.0, 1.0, 6.6e9, "default for CUDA in 16 bits, from an H100"),
+    "cuda, tensor cores": Rates(16.0, 16.0, 1.0, 6.6e9, "default for tensor cores, from an H200"),
 }
 
-_chosen: dict[tuple[str, torch.dtype], Rates] = {}
+_chosen: dict[tuple[str, torch.dtype, bool], Rates] = {}
 
 
 @dataclass(frozen=True)
@@ -201,33 +205,43 @@ def choose_plan(
 remembered_plan = lru_cache(maxsize=4096)(choose_plan)
 
 
-def rates_for(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates for products in ``dtype`` on ``device``: set, calibrated, or the defaults."""
-    key = (device.type, dtype)
+def rates_for(
+    device: torch.device, dtype: torch.dtype, factors: Sequence[int] | None = None
+) -> Rates:
+    """The rates for products in ``dtype`` on ``device``: set, calibrated, or the defaults.
+
+    Args:
+        device, dtype: of the activations' products.
+        factors: sizes of the rotation's factors, which decide what rotates.
+    """
+    on_tensor_cores = tensor_cores_take(device.type, dtype, factors)
+    key = (device.type, dtype, on_tensor_cores)
     if key not in _chosen:
         is_short = device.type != "cpu" and dtype.itemsize == 2
         kind = "cpu" if device.type == "cpu" else "cuda, 16 bits" if is_short else "cuda"
-        default = DEFAULT_RATES[kind]
+        default = DEFAULT_RATES["cuda, tensor cores" if on_tensor_cores else kind]
         if torch.compiler.is_compiling():
             return default  # no file is read while tracing; layers ask when they are made, too
-        _chosen[key] = _read(device, dtype) or default
+        _chosen[key] = _read(device, dtype, on_tensor_cores) or default
     return _chosen[key]
 
 
 def set_rates(device: torch.device | str, dtype: torch.dtype, rates: Rates | None) -> None:
-    """Use these rates from now on; None goes back to the calibrated or default ones.
+    """Use these rates from now on, whatever rotates; None goes back to the calibrated or default
+    ones.
 
     Raises:
         TypeError, ValueError: no rates, or one of them is not positive.
     """
     kind = torch.device(device).type
-    if rates is None:
-        _chosen.pop((kind, dtype), None)
-        return
-    if not isinstance(rates, Rates):
-        raise TypeError(f"rates must be Rates or None; got {rates!r}")
-    _check(rates)
-    _chosen[kind, dtype] = rates
+    if rates is not None:
+        if not isinstance(rates, Rates):
+            raise TypeError(f"rates must be Rates or None; got {rates!r}")
+        _check(rates)
+    for on_tensor_cores in (False, True):
+        _chosen.pop((kind, dtype, on_tensor_cores), None)
+        if rates is not None:
+            _chosen[kind, dtype, on_tensor_cores] = rates
 
 
 @torch.no_grad()
@@ -236,12 +250,16 @@ def calibrate(
 ) -> Rates:
     """Measure the rates of this machine, use them from now on, and keep them on disk.
 
-    Takes about a second; measure on a quiet machine.
+    Takes about a second; measure on a quiet machine. Where some factors are rotated on tensor cores
+    and others are not, both are measured.
 
     Args:
         device: where to measure.
         dtype: of the activations' products: fp32, fp64, bf16 or fp16.
         save: write them to :func:`calibration_file`, where later processes find them.
+
+    Returns:
+        The rates of the balanced factors of 1024.
 
     Raises:
         ValueError: ``dtype`` is not floating-point.
@@ -250,18 +268,35 @@ def calibrate(
     device = torch.device(device)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type; got {dtype}")
+    # Of each kind that there is, one.
+    kinds = {tensor_cores_take(device.type, dtype, sizes): sizes for sizes in ([16, 64], [32, 32])}
+    for on_tensor_cores, sizes in kinds.items():
+        rates = _measure(device, dtype, sizes, on_tensor_cores)
+        _chosen[device.type, dtype, on_tensor_cores] = rates
+        if save:
+            _write(_key(device, dtype, on_tensor_cores), rates)
+    return rates
+
+
+def _measure(
+    device: torch.device, dtype: torch.dtype, factor_sizes: list[int], on_tensor_cores: bool
+) -> Rates:
     small_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    n, factor_sizes = 1024, [32, 32]
+    n = prod(factor_sizes)
     x, weight = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     factors = [torch.eye(size, device=device, dtype=small_dtype) for size in factor_sizes]
     small = torch.zeros(1, 4, device=device, dtype=dtype)
     small_factors = [torch.eye(2, device=device, dtype=small_dtype)] * 2
     rotate, gram = (eager_op(name, device.type) for name in ("kron_rotate", "kron_gram"))
+    call = _seconds(lambda: rotate(small, small_factors, False, None, None), device)
+    if on_tensor_cores:
+        products = torch.ops.spectral_products
+        rotate = products.kron_rotate_on_tensor_cores
+        gram = products.kron_gram_on_tensor_cores
 
     gemm = _seconds(lambda: x @ weight, device) / (2 * n**3)
     operations = 2 * n * n * sum(factor_sizes)
-    call = _seconds(lambda: rotate(small, small_factors, False, None, None), device)
-    rates = Rates(
+    return Rates(
         rotation=_seconds(lambda: rotate(x, factors, False, None, None), device)
         / (operations * gemm),
         gram=_seconds(lambda: gram(x, weight, factor_sizes, None), device) / (operations * gemm),
@@ -269,10 +304,6 @@ def calibrate(
         call=call / gemm,
         source=f"measured with {str(dtype).removeprefix('torch.')} on {_device_name(device)}",
     )
-    if save:
-        _write(_key(device, dtype), rates)
-    set_rates(device, dtype, rates)
-    return rates
 
 
 def calibration_file() -> Path:
@@ -310,10 +341,10 @@ def _device_name(device: torch.device) -> str:
     return f"{names[0] if names else device.type}, {torch.get_num_threads()} threads"
 
 
-def _key(device: torch.device, dtype: torch.dtype) -> str:
+def _key(device: torch.device, dtype: torch.dtype, on_tensor_cores: bool = False) -> str:
     """What rates belong to: they are measured anew for another device or version."""
     versions = f"torch {torch.__version__}, spectral-kernels {version('spectral-kernels')}"
-    return f"{_device_name(device)}; {dtype}; {versions}"
+    return f"{_device_name(device)}; {dtype}; {versions}{'; tensor cores' * on_tensor_cores}"
 
 
 def _check(rates: Rates) -> None:
@@ -327,12 +358,12 @@ def _check(rates: Rates) -> None:
             raise ValueError(f"rates.{field.name} must be positive and finite; got {value!r}")
 
 
-def _read(device: torch.device, dtype: torch.dtype) -> Rates | None:
+def _read(device: torch.device, dtype: torch.dtype, on_tensor_cores: bool) -> Rates | None:
     path = calibration_file()
     if not path.exists():
         return None
     try:
-        stored = json.loads(path.read_text()).get(_key(device, dtype))
+        stored = json.loads(path.read_text()).get(_key(device, dtype, on_tensor_cores))
         rates = None if stored is None else Rates(**stored)
         if rates is not None:
             _check(rates)

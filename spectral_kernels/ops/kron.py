@@ -5,6 +5,8 @@ Index order (docs/conventions.md): the first factor is outermost, ``i = (i1 * n2
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -54,6 +56,15 @@ def eager_op(name: str, device: str) -> Any:
     if device == "cuda" and has_kernel("spectral::soda_linear_fwd", "CUDA"):
         return getattr(torch.ops.spectral_products, name)
     return getattr(torch.ops.spectral, name)
+
+
+def tensor_cores_take(device: str, dtype: torch.dtype, sizes: Sequence[int] | None) -> bool:
+    """Whether rows of a type are rotated on tensor cores by eager layers on a type of device."""
+    if device != "cuda" or dtype != torch.bfloat16 or sizes is None or len(sizes) != 2:
+        return False
+    # Only an extension with CUDA code has it.
+    takes = getattr(sys.modules.get("spectral_kernels._C"), "_layers_use_tile", None)
+    return takes is not None and not torch.compiler.is_compiling() and takes(*sizes)
 
 
 def kron_rotate_reference(

@@ -239,13 +239,16 @@ class SODAModule(SpectralModule, RotatedLayer):
 
     def plan_for(self, tokens: int) -> PlanChoice:
         """The plan that a training step over ``tokens`` rows would take, with the cost of each."""
+        device = self.left.device
+        # Activations have the base weight's type; the CPU's products are in at least fp32.
+        dtype = self.base_dtype if device.type != "cpu" else accumulation_dtype(self.base_dtype)
         return choose_plan(
             tokens,
             self.left.shape[0],
             self.right.shape[1],
             self.factor_sizes or None,
             plan=self.plan if self._quantization is None else "tokens",
-            rates=rates_for(self.left.device, accumulation_dtype(self.left.dtype)),
+            rates=rates_for(device, dtype, self.factor_sizes),
             **self._method(),
         )
 

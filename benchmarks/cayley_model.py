@@ -197,7 +197,8 @@ def ours_in_a_model(problem: CayleyModelProblem) -> Candidate:
     grads, sizes = problem.one_by_one(problem.grads), problem.sizes_one_by_one
 
     def step() -> Tensors:
-        rotations = torch.ops.spectral.cayley_fwd([p.detach() for p in packed], sizes)
+        with torch.no_grad():
+            rotations = torch.ops.spectral.cayley_fwd([p.detach() for p in packed], sizes)
         pool = GradientPool(len(packed))
         token = apply(SharedCayleyFunction, pool, rotations, *packed)
         end = apply(_Gradients, token, pool, grads)

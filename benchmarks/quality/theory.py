@@ -18,6 +18,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from spectral_adapters.compare.plan import read_plan
+from spectral_adapters.compare.records import chosen_rate, latest, read_records
+from spectral_adapters.compare.runner import Cell, changes_place, is_of
 from spectral_adapters.functional import cayley
 from spectral_adapters.optim import StiefelAdam
 from spectral_adapters.peft import (
@@ -159,7 +162,12 @@ def _at(angles: Tensor, values: list[float], size: float) -> float:
 
 
 def spectra(changes: Path, task: str, budget: int, images: Path) -> dict[str, Any]:
-    """Singular values before and after training, and which singular directions the change reads."""
+    """Singular values before and after training, and which singular directions the change reads.
+
+    Of the first seed at the rate that the comparison chose.
+    """
+    planned = read_plan(ROOT / "benchmarks/quality/full.yaml").tasks[task]
+    records = list(latest(read_records(changes)).values())
     unet = load_pipeline(ROOT / "examples/emoji_base/model").unet
     weights = {name: values.detach().double() for name, values in unet.named_parameters()}
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -173,11 +181,16 @@ def spectra(changes: Path, task: str, budget: int, images: Path) -> dict[str, An
         "lora": "LoRA",
         "oft": "OFT",
     }.items():
-        places = sorted((changes / "changes" / task).glob(f"{name}-{budget}-*.safetensors"))
-        if not places:
+        cell = Cell(planned, name, budget)
+        rate = chosen_rate(planned, [record for record in records if is_of(record, planned, cell)])
+        if rate is None:
             continue
+        place = changes_place(cell, rate, planned.seeds[0], changes)
+        if not place.exists():
+            continue
+        learned = load_file(place)
         moved, energy, length = [], [], []
-        for key, change in load_file(places[0]).items():
+        for key, change in learned.items():
             base = weights[key]
             _, values, right = torch.linalg.svd(base, full_matrices=False)
             after = torch.linalg.svdvals(base + change)
@@ -186,12 +199,8 @@ def spectra(changes: Path, task: str, budget: int, images: Path) -> dict[str, An
             length.append(float(change.norm() / base.norm()))
         difference = torch.stack(moved).mean(0)
         shares = torch.stack(energy).mean(0)
-        shares = (
-            shares.cumsum(0)
-            / torch.stack(
-                [change.double().square().sum() for change in load_file(places[0]).values()]
-            ).mean()
-        )
+        whole = torch.stack([change.double().square().sum() for change in learned.values()]).mean()
+        shares = shares.cumsum(0) / whole
         first.plot(range(1, len(difference) + 1), difference, label=label)
         second.plot(range(1, len(shares) + 1), shares, label=label)
         found[label] = {

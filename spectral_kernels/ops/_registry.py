@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 NAMESPACE = "spectral"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -77,15 +76,20 @@ def _written(name: str) -> list[int]:
     ]
 
 
+def _requires_grad(argument: Any) -> bool:
+    """Whether an argument is a tensor with a gradient or a list with one in it."""
+    if isinstance(argument, (list, tuple)):  # of thousands of tensors, with a model's factors
+        return any(isinstance(item, torch.Tensor) and item.requires_grad for item in argument)
+    return isinstance(argument, torch.Tensor) and argument.requires_grad
+
+
 def _autograd_guard(name: str, public_function: str) -> Callable[..., Any]:
     op = _overload(name)
     # Without a detour over the next key: thousands of tensors take a while to pass through.
     below = _version_counter(name) if _written(name) else None
 
     def guard(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(args)
-        ):
+        if torch.is_grad_enabled() and any(map(_requires_grad, args)):
             raise RuntimeError(
                 f"torch.ops.{NAMESPACE}.{name} is a raw op without a derivative; "
                 f"call {public_function}, which has one"

@@ -323,12 +323,13 @@ def _keep_changes(
 
     if output is None or not isinstance(task, (Style, Subject)) or cell.method == FULL:
         return
-    place = _changes_place(cell, rate, seed, output)
+    place = changes_place(cell, rate, seed, output)
     place.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(place, weight_changes(model, task.base))
 
 
-def _changes_place(cell: Cell, rate: float, seed: int, output: Path) -> Path:
+def changes_place(cell: Cell, rate: float, seed: int, output: Path) -> Path:
+    """Where the change of the weights is kept that a run came to."""
     run = f"{cell.method}-{cell.budget}-{seed}-{rate:g}-{cell.task.digest}"
     return output / "changes" / cell.task.name / f"{run}.safetensors"
 
@@ -438,7 +439,7 @@ def merge_cell(
         record = _record(cell, "merged", None, seed)
         runs = []
         for task in (subject, style):
-            here = [r for r in state.values() if _is_of(r, task, cell)]
+            here = [r for r in state.values() if is_of(r, task, cell)]
             wanted = ("final", chosen_rate(task, here), seed)
             run = next((r for r in here if (r["kind"], r["rate"], r["seed"]) == wanted), None)
             if run is not None and run.get("trained") is not None and not run["diverged"]:
@@ -462,7 +463,7 @@ def merge_cell(
     return True
 
 
-def _is_of(record: Record, task: PlannedTask, cell: Cell) -> bool:
+def is_of(record: Record, task: PlannedTask, cell: Cell) -> bool:
     """Whether a record is of a task's cell with the method and budget of another."""
     whose = (record["task"], record["digest"], record["method"], record["budget"])
     return whose == (task.name, task.digest, cell.method, cell.budget)
@@ -470,7 +471,7 @@ def _is_of(record: Record, task: PlannedTask, cell: Cell) -> bool:
 
 def _changes_of(cell: Cell, run: Record, output: Path) -> Path:
     """Where the change of the weights is that a run came to."""
-    place = _changes_place(cell, run["rate"], run["seed"], output)
+    place = changes_place(cell, run["rate"], run["seed"], output)
     if not place.is_file():
         task = load_task(cell.task)
         tuned = prepare(task, cell.method, cell.budget, run["seed"])

@@ -36,6 +36,7 @@ CPU_SOURCES = (
     "csrc/cayley_cpu.cpp",
     "csrc/kron_cpu.cpp",
     "csrc/kron_products.cpp",
+    "csrc/layer_nodes.cpp",
     "csrc/low_rank_cpu.cpp",
     "csrc/low_rank_products.cpp",
     "csrc/rotated_linear_cpu.cpp",

@@ -27,6 +27,7 @@ from spectral_adapters.autograd import (
     GradientPool,
     SharedCayleyFunction,
     apply,
+    gradient_pool,
 )
 from spectral_adapters.factors import PUBLISHED_FACTORS, balanced_factors
 from spectral_adapters.functional import cayley, cayley_factors
@@ -199,7 +200,7 @@ def ours_in_a_model(problem: CayleyModelProblem) -> Candidate:
     def step() -> Tensors:
         with torch.no_grad():
             rotations = torch.ops.spectral.cayley_fwd([p.detach() for p in packed], sizes)
-        pool = GradientPool(len(packed))
+        pool = gradient_pool(len(packed))
         token = apply(SharedCayleyFunction, pool, rotations, *packed)
         end = apply(_Gradients, token, pool, grads)
         return [*rotations, *torch.autograd.grad(end, packed)]

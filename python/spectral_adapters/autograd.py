@@ -167,7 +167,13 @@ def _cayley_gradients(
 
 
 class GradientPool:
-    """Gradients of rotations, added up by a model's layers during one backward pass."""
+    """Gradients of rotations, added up by a model's layers during one backward pass.
+
+    :func:`gradient_pool` makes the extension's where there is one.
+    """
+
+    #: What the extension knows the pool by, if it is the extension's.
+    number: int | None = None
 
     def __init__(self, count: int) -> None:
         self._sums: list[Tensor | None] = [None] * count
@@ -187,6 +193,47 @@ class GradientPool:
         """The sums of this backward pass."""
         sums, self._sums = self._sums, [None] * len(self._sums)
         return sums if self._pass == torch._C._current_graph_task_id() else self._sums
+
+
+class _ExtensionPool(GradientPool):
+    """The same in the extension (csrc/layer_nodes.cpp)."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = torch.classes.spectral_nodes.GradientPool(count)
+        self.number = self._pool.number()
+
+    def add(self, first: int, grads: Sequence[Tensor]) -> None:
+        self._pool.add(first, list(grads))
+
+    def take(self) -> list[Tensor | None]:
+        return self._pool.take()
+
+
+def gradient_pool(count: int) -> GradientPool:
+    """An empty pool for as many rotations, which the nodes of :func:`node_of` can add to."""
+    return (GradientPool if _node("soda_linear") is None else _ExtensionPool)(count)
+
+
+@lru_cache
+def _node(name: str) -> Any:
+    return getattr(torch.ops.spectral_nodes, name, None)
+
+
+def node_of(name: str, x: Tensor, shared: SharedRotations | None = None) -> Any:
+    """An op of the extension that is a layer and its node of the graph, for eager code; or None.
+
+    There is none where others trace, transform or stand in for x, or where the rotations' gradients
+    go to a pool of another kind.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or not _is_compiled_for(x.device.type)
+        or (shared is not None and shared.pool.number is None)
+    ):
+        return None
+    return _node(name)
 
 
 class SharedRotations(NamedTuple):

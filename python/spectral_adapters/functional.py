@@ -38,6 +38,7 @@ from spectral_adapters.autograd import (
     SpectralRLinearFunction,
     apply,
     at_least,
+    node_of,
     record,
 )
 from spectral_adapters.planner import PLANS, choose_plan, rates_for, remembered_plan
@@ -492,6 +493,16 @@ def _spectral_product(
     left, _, right = basis
     if recompute:
         folded = None
+    node = None if shared is None or offset is None else node_of("soda_linear", x, shared)
+    if node is not None:
+        assert shared is not None
+        kept = None if folded is None else folded.rotated
+        flags = (on_tokens, recompute, folded is not None)
+        behind = (offset, shared.token, shared.pool.number, shared.first, factors)
+        y, *made = node(x, spectrum, left, right, bias, kept, *flags, *behind)
+        if folded is not None and made:
+            folded.rotated = made[0]
+        return y
     y, _, rotated = (apply if shared is None else record)(
         SODALinearFunction,
         x,
@@ -814,8 +825,21 @@ def adapted_linear(
     Returns:
         [..., out] in the dtype of ``base``, else of x (the autocast dtype under autocast).
     """
-    tail: tuple[Any, ...] = () if shared is None else (shared.token, shared)
-    tail = (float(scaling), *tail)
+
+    def product(x: Tensor, base: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Any:
+        node = None
+        if torch.compiler.is_compiling():
+            pass  # Functions cannot be compared there
+        elif function is SpectralALinearFunction:
+            node = node_of("spectral_a_linear", x)
+        elif function is SpectralRLinearFunction and shared is not None:
+            node = node_of("spectral_r_linear", x, shared)
+        if node is None:
+            tail = () if shared is None else (shared.token, shared)
+            return apply(function, x, base, weight, bias, *factors, float(scaling), *tail)[0]
+        behind = () if shared is None else (shared.token, shared.pool.number, shared.first)
+        return node(x, base, weight, bias, *factors, scaling, *behind)
+
     is_autocast = autocast_is_on(x.device.type)
     result = result_dtype(x, is_autocast)
     work = _work_dtype(x, result, factors[0])
@@ -828,12 +852,11 @@ def adapted_linear(
                 if weight.dtype != work:
                     weight = weight.to(work)  # here: what the op would do again in its backward
                 x = x if x.dtype == work else x.to(work)
-                change, _ = apply(function, x, None, weight, bias, *factors, *tail)
-                return change
+                return product(x, None, weight, bias)
             bias = None if bias is None else bias.to(own)
             base = linear(x.to(own), weight.to(own), bias).to(result)
         start = base if base is not None and base.dtype == work else None
-        change, _ = apply(function, x.to(work), start, None, None, *factors, *tail)
+        change = product(x.to(work), start, None, None)
         if base is None:
             return change.to(result)
         return change if start is not None else base + change.to(base.dtype)

@@ -1,0 +1,460 @@
+// Nodes of the autograd graph for the layers of SODA, A and R: what the Functions of
+// spectral_adapters/autograd.py do for eager code, without the interpreter. A Function in Python
+// takes longer than all the products of a small layer.
+//
+// `spectral_nodes::GradientPool` takes the gradients of a model's rotations to the one node that
+// all layers share, `spectral_nodes::soda_linear`, `spectral_a_linear` and `spectral_r_linear` are
+// the layers. Once differentiable; what is frozen has no gradient.
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+namespace spectral {
+namespace {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// GradientPool of spectral_adapters/autograd.py; the backward of a model on several devices has a
+// thread for each. Layers name theirs by its number: an op that takes an object is looked through
+// in Python at every call.
+class GradientPool : public torch::CustomClassHolder {
+ public:
+    explicit GradientPool(std::int64_t count) : sums_(count) {
+        const std::lock_guard<std::mutex> lock(all_mutex());
+        static std::int64_t next = 0;
+        number_ = next++;
+        all()[number_] = this;
+    }
+
+    ~GradientPool() override {
+        const std::lock_guard<std::mutex> lock(all_mutex());
+        all().erase(number_);
+    }
+
+    std::int64_t number() const { return number_; }
+
+    // The pool of a number, whose owner is still there.
+    static c10::intrusive_ptr<GradientPool> of(std::int64_t number) {
+        const std::lock_guard<std::mutex> lock(all_mutex());
+        const auto found = all().find(number);
+        TORCH_CHECK_VALUE(found != all().end(), "pool must be the number of a pool; got ", number);
+        return c10::intrusive_ptr<GradientPool>::reclaim_copy(found->second);
+    }
+
+    void add(std::int64_t first, std::vector<Tensor> grads) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const at::NoGradGuard no_grad;
+        const std::int64_t pass = torch::autograd::get_current_graph_task_id();
+        if (pass != pass_) {
+            // The pass before this one was interrupted, or left these gradients to nobody.
+            sums_.assign(sums_.size(), std::nullopt);
+            pass_ = pass;
+        }
+        for (std::size_t i = 0; i < grads.size(); ++i) {
+            Optional& sum = sums_.at(first + i);
+            sum = sum.has_value() ? *sum + grads[i] : grads[i];
+        }
+    }
+
+    std::vector<Optional> take() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        std::vector<Optional> sums(sums_.size());
+        sums.swap(sums_);
+        if (pass_ != torch::autograd::get_current_graph_task_id()) {
+            sums.assign(sums.size(), std::nullopt);
+        }
+        return sums;
+    }
+
+ private:
+    static std::mutex& all_mutex() {
+        static std::mutex mutex;
+        return mutex;
+    }
+    static std::unordered_map<std::int64_t, GradientPool*>& all() {
+        static std::unordered_map<std::int64_t, GradientPool*> pools;
+        return pools;
+    }
+
+    std::mutex mutex_;
+    std::vector<Optional> sums_;
+    std::int64_t pass_ = -1;
+    std::int64_t number_ = -1;
+};
+
+// What a layer's backward runs under: the types that the forward chose, no graph of its own, and
+// the ops below their guards, as in the forward, whose result is then nobody's view. Saved tensors
+// are asked for before: a checkpoint makes them anew then.
+struct InsideNode {
+    at::NoGradGuard no_grad;
+    c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+    at::AutoDispatchBelowADInplaceOrView below;
+};
+
+// Gradients that refuse to be differentiated again, if somebody could.
+class Once : public torch::autograd::Function<Once> {
+ public:
+    static variable_list forward(AutogradContext*, const Tensor&, at::TensorList results) {
+        variable_list same;
+        for (const Tensor& result : results) same.push_back(result.detach());
+        return same;
+    }
+    static variable_list backward(AutogradContext*, const variable_list&) {
+        TORCH_CHECK(
+            false,
+            "trying to differentiate twice a function that was marked with @once_differentiable");
+    }
+};
+
+variable_list once(const Tensor& grad, variable_list results) {
+    if (!at::GradMode::is_enabled() || !grad.requires_grad()) return results;
+    variable_list defined;
+    for (const Tensor& result : results) {
+        if (result.defined()) defined.push_back(result);
+    }
+    if (defined.empty()) return results;
+    const variable_list guarded = Once::apply(grad, at::TensorList(defined));
+    std::size_t next = 0;
+    for (Tensor& result : results) {
+        if (result.defined()) result = guarded[next++];
+    }
+    return results;
+}
+
+template <typename Signature>
+auto raw_op(const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Optional optional(const Tensor& tensor) {
+    return tensor.defined() ? Optional(tensor) : std::nullopt;
+}
+
+Tensor or_none(const Optional& tensor) { return tensor.has_value() ? *tensor : Tensor(); }
+
+Tensor bias_gradient(const Tensor& grad, at::ScalarType type) {
+    return grad.reshape({-1, grad.size(-1)}).sum(0).to(type);
+}
+
+// --- SODA, svd left: SODALinearFunction
+
+using SODAForward = std::vector<Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&,
+    bool, at::TensorList);
+using SODABackward = std::vector<Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&,
+    bool, bool, bool, at::TensorList);
+
+class SODALinear : public torch::autograd::Function<SODALinear> {
+ public:
+    struct Frozen {
+        const Tensor& scale;
+        const Tensor& left;
+        const Tensor& right;
+        const Optional& rotated;
+        bool on_tokens;
+        bool recompute;
+        bool keep;
+        std::int64_t pool;
+        std::int64_t first;
+        at::TensorList factors;
+    };
+
+    // y and, if U was rotated here, U R.
+    static variable_list forward(
+        AutogradContext* ctx, const Tensor& x, const Tensor& offset, const Tensor& token,
+        const Optional& bias, const Frozen& given) {
+        std::vector<Tensor> found;
+        {
+            const at::AutoDispatchBelowADInplaceOrView below;
+            static const auto op = raw_op<SODAForward>("spectral::soda_linear_fwd");
+            found = op.call(
+                x, given.scale, given.left, given.right, bias, given.rotated, given.on_tokens,
+                given.factors);
+        }
+        variable_list results{found[0]};
+        if (found.size() > 2) results.push_back(found[2]);
+        if (found.size() > 2) ctx->mark_non_differentiable({results[1]});
+        ctx->set_materialize_grads(false);
+
+        // What somebody keeps is not among what a checkpoint counts: there may be a keeper by the
+        // time it recomputes.
+        Tensor rotated;
+        if (given.keep && !given.on_tokens) {
+            rotated = found.size() > 2 ? results[1] : or_none(given.rotated);
+            if (rotated.defined()) rotated = rotated.detach();
+        }
+        auto& data = ctx->saved_data;
+        data["rotated"] = optional(rotated);
+        data["pool"] = GradientPool::of(given.pool);
+        data["first"] = given.first;
+        data["on_tokens"] = given.on_tokens;
+        data["bias"] = static_cast<std::int64_t>(
+            bias.has_value() ? bias->scalar_type() : at::ScalarType::Undefined);
+        data["offset"] = static_cast<std::int64_t>(offset.scalar_type());
+        variable_list saved{
+            given.recompute ? x : Tensor(), given.recompute ? Tensor() : found[1], given.scale,
+            given.left, given.right};
+        saved.insert(saved.end(), given.factors.begin(), given.factors.end());
+        ctx->save_for_backward(std::move(saved));
+        return results;
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        variable_list results(5);
+        const Tensor& grad = grads[0];
+        if (!grad.defined()) return results;
+        const variable_list saved = ctx->get_saved_variables();
+        variable_list found;
+        {
+            const InsideNode inside;
+            found = gradients(ctx, saved, grad);
+        }
+        std::copy(found.begin(), found.end(), results.begin());
+        return once(grad, std::move(results));
+    }
+
+ private:
+    // Of x, the offset, the token (none: the pool has them) and the bias.
+    static variable_list gradients(
+        AutogradContext* ctx, const variable_list& saved, const Tensor& grad) {
+        auto& data = ctx->saved_data;
+        variable_list results(4);
+        const auto bias_type = static_cast<at::ScalarType>(data["bias"].toInt());
+        if (bias_type != at::ScalarType::Undefined && ctx->needs_input_grad(3)) {
+            results[3] = bias_gradient(grad, bias_type);
+        }
+        const bool needs_x = ctx->needs_input_grad(0), needs_offset = ctx->needs_input_grad(1);
+        const bool needs_turns = ctx->needs_input_grad(2);
+        const bool needs_sums = needs_offset || needs_turns;
+        if (!needs_x && !needs_sums) return results;
+        const Tensor& x = saved[0];
+        const Tensor& right = saved[4];
+        const Tensor z = saved[1].defined() ? saved[1] : at::linear(x, right.to(x.scalar_type()));
+        const variable_list factors(saved.begin() + 5, saved.end());
+        static const auto op = raw_op<SODABackward>("spectral::soda_linear_bwd");
+        std::vector<Tensor> found = op.call(
+            grad, z, saved[2], saved[3], right, data["rotated"].toOptional<Tensor>(),
+            data["on_tokens"].toBool(), needs_x, needs_sums, factors);
+        auto next = found.begin();
+        if (needs_x) results[0] = *next++;
+        if (!needs_sums) return results;
+        if (needs_offset) {
+            results[1] = next->to(static_cast<at::ScalarType>(data["offset"].toInt()));
+        }
+        ++next;
+        if (needs_turns) {
+            data["pool"].toCustomClass<GradientPool>()->add(
+                data["first"].toInt(), std::vector<Tensor>(next, found.end()));
+        }
+        return results;
+    }
+};
+
+std::vector<Tensor> soda_linear(
+    const Tensor& x, const Tensor& scale, const Tensor& left, const Tensor& right,
+    const Optional& bias, const Optional& rotated, bool on_tokens, bool recompute, bool keep,
+    const Tensor& offset, const Tensor& token, std::int64_t pool, std::int64_t first,
+    at::TensorList factors) {
+    return SODALinear::apply(
+        x, offset, token, bias,
+        SODALinear::Frozen{
+            scale, left, right, rotated, on_tokens, recompute, keep, pool, first, factors});
+}
+
+// --- A and R: SpectralALinearFunction and SpectralRLinearFunction
+
+using LowRankForward = std::tuple<Tensor, Tensor>(
+    const Tensor&, const Optional&, const Optional&, const Optional&, const Tensor&, const Tensor&,
+    const Tensor&, const Tensor&, const Tensor&, double);
+using ABackward = std::vector<Tensor>(
+    const Tensor&, const Tensor&, const Optional&, const Tensor&, const Tensor&, const Tensor&,
+    const Tensor&, const Tensor&, const Tensor&, double, bool, bool);
+using RBackward = std::vector<Tensor>(
+    const Tensor&, const Optional&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+    const Tensor&, const Tensor&, double, bool, bool);
+
+struct LowRank {
+    const Optional& weight;
+    const Tensor& left;
+    const Tensor& singular_values;
+    const Tensor& right;
+    const Tensor& first;   // A_U or R_U
+    const Tensor& second;  // A_V or R_V
+    double scaling;
+};
+
+// y, after saving what the backward needs; `trained` is how many inputs there are between x and
+// the base.
+template <typename Op>
+Tensor low_rank_forward(
+    AutogradContext* ctx, const Op& op, const Tensor& x, const Optional& base, const Optional& bias,
+    const LowRank& given, bool keeps_x) {
+    const auto [y, thin] = [&] {
+        const at::AutoDispatchBelowADInplaceOrView below;
+        return op.call(
+            x, base, given.weight, bias, given.left, given.singular_values, given.right,
+            given.first, given.second, given.scaling);
+    }();
+    ctx->set_materialize_grads(false);
+    auto& data = ctx->saved_data;
+    data["scaling"] = given.scaling;
+    data["has_base"] = base.has_value();
+    data["bias"] = static_cast<std::int64_t>(
+        bias.has_value() ? bias->scalar_type() : at::ScalarType::Undefined);
+    ctx->save_for_backward(
+        {keeps_x ? x : Tensor(), or_none(given.weight), thin, given.left, given.singular_values,
+         given.right, given.first, given.second});
+    return y;
+}
+
+// The gradients of base and bias, behind `trained` inputs that come after x.
+void base_and_bias(
+    AutogradContext* ctx, const Tensor& grad, std::size_t trained, variable_list& results) {
+    auto& data = ctx->saved_data;
+    std::size_t edge = 1 + trained;  // inputs that are not there have no edge
+    if (data["has_base"].toBool() && ctx->needs_input_grad(edge++)) results[1 + trained] = grad;
+    const auto type = static_cast<at::ScalarType>(data["bias"].toInt());
+    if (type != at::ScalarType::Undefined && ctx->needs_input_grad(edge)) {
+        results[2 + trained] = bias_gradient(grad, type);
+    }
+}
+
+class SpectralALinear : public torch::autograd::Function<SpectralALinear> {
+ public:
+    static variable_list forward(
+        AutogradContext* ctx, const Tensor& x, const Tensor& shift_left, const Tensor& shift_right,
+        const Optional& base, const Optional& bias, const LowRank& given) {
+        static const auto op = raw_op<LowRankForward>("spectral::spectral_a_linear_fwd");
+        return {low_rank_forward(ctx, op, x, base, bias, given, true)};
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        variable_list results(6);
+        const Tensor& grad = grads[0];
+        if (!grad.defined()) return results;
+        const variable_list s = ctx->get_saved_variables();
+        {
+            const InsideNode inside;
+            const bool needs_x = ctx->needs_input_grad(0);
+            const bool needs_left = ctx->needs_input_grad(1),
+                       needs_right = ctx->needs_input_grad(2);
+            base_and_bias(ctx, grad, 2, results);
+            if (needs_x || needs_left || needs_right) {
+                static const auto op = raw_op<ABackward>("spectral::spectral_a_linear_bwd");
+                const std::vector<Tensor> found = op.call(
+                    grad, s[0], optional(s[1]), s[2], s[3], s[4], s[5], s[6], s[7],
+                    ctx->saved_data["scaling"].toDouble(), needs_x, needs_left || needs_right);
+                if (needs_x) results[0] = found[0];
+                if (needs_left) results[1] = found[1];
+                if (needs_right) results[2] = found[2];
+            }
+        }
+        return once(grad, std::move(results));
+    }
+};
+
+class SpectralRLinear : public torch::autograd::Function<SpectralRLinear> {
+ public:
+    struct Shared {
+        const LowRank& product;
+        std::int64_t pool;
+        std::int64_t first;
+    };
+
+    static variable_list forward(
+        AutogradContext* ctx, const Tensor& x, const Tensor& token, const Optional& base,
+        const Optional& bias, const Shared& given) {
+        static const auto op = raw_op<LowRankForward>("spectral::spectral_r_linear_fwd");
+        ctx->saved_data["pool"] = GradientPool::of(given.pool);
+        ctx->saved_data["first"] = given.first;
+        return {low_rank_forward(ctx, op, x, base, bias, given.product, false)};
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        variable_list results(5);
+        const Tensor& grad = grads[0];
+        if (!grad.defined()) return results;
+        const variable_list s = ctx->get_saved_variables();
+        {
+            const InsideNode inside;
+            const bool needs_x = ctx->needs_input_grad(0), needs_turns = ctx->needs_input_grad(1);
+            base_and_bias(ctx, grad, 1, results);
+            if (needs_x || needs_turns) {
+                static const auto op = raw_op<RBackward>("spectral::spectral_r_linear_bwd");
+                auto& data = ctx->saved_data;
+                const std::vector<Tensor> found = op.call(
+                    grad, optional(s[1]), s[2], s[3], s[4], s[5], s[6], s[7],
+                    data["scaling"].toDouble(), needs_x, needs_turns);
+                if (needs_x) results[0] = found[0];
+                if (needs_turns) {
+                    data["pool"].toCustomClass<GradientPool>()->add(
+                        data["first"].toInt(), {found[1], found[2]});
+                }
+            }
+        }
+        return once(grad, std::move(results));
+    }
+};
+
+Tensor spectral_a_linear(
+    const Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
+    const Tensor& left, const Tensor& singular_values, const Tensor& right,
+    const Tensor& shift_left, const Tensor& shift_right, double scaling) {
+    const LowRank given{weight, left, singular_values, right, shift_left, shift_right, scaling};
+    return SpectralALinear::apply(x, shift_left, shift_right, base, bias, given)[0];
+}
+
+Tensor spectral_r_linear(
+    const Tensor& x, const Optional& base, const Optional& weight, const Optional& bias,
+    const Tensor& left, const Tensor& singular_values, const Tensor& right,
+    const Tensor& rotation_left, const Tensor& rotation_right, double scaling, const Tensor& token,
+    std::int64_t pool, std::int64_t first) {
+    const LowRank given{weight,        left,           singular_values, right,
+                        rotation_left, rotation_right, scaling};
+    return SpectralRLinear::apply(
+        x, token, base, bias, SpectralRLinear::Shared{given, pool, first})[0];
+}
+
+}  // namespace
+}  // namespace spectral
+
+TORCH_LIBRARY(spectral_nodes, m) {
+    m.class_<spectral::GradientPool>("GradientPool")
+        .def(torch::init<std::int64_t>())
+        .def("add", &spectral::GradientPool::add)
+        .def("take", &spectral::GradientPool::take)
+        .def("number", &spectral::GradientPool::number);
+    const auto define = [&](const char* schema, auto function) {
+        m.def(schema, torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, function));
+    };
+    define(
+        "soda_linear(Tensor x, Tensor scale, Tensor left, Tensor right, Tensor? bias, "
+        "Tensor? rotated, bool on_tokens, bool recompute, bool keep, Tensor offset, Tensor token, "
+        "int pool, int first, Tensor[] factors) "
+        "-> Tensor[]",
+        &spectral::soda_linear);
+    define(
+        "spectral_a_linear(Tensor x, Tensor? base, Tensor? weight, Tensor? bias, Tensor left, "
+        "Tensor singular_values, Tensor right, Tensor shift_left, Tensor shift_right, "
+        "float scaling) -> Tensor",
+        &spectral::spectral_a_linear);
+    define(
+        "spectral_r_linear(Tensor x, Tensor? base, Tensor? weight, Tensor? bias, Tensor left, "
+        "Tensor singular_values, Tensor right, Tensor rotation_left, Tensor rotation_right, "
+        "float scaling, Tensor token, int pool, int first) -> Tensor",
+        &spectral::spectral_r_linear);
+}

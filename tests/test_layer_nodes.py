@@ -1,0 +1,120 @@
+"""Layers as the extension's nodes of the graph (csrc/layer_nodes.cpp), against the Functions."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from spectral_adapters import SODALinear, SpectralAdapterALinear, functional
+from spectral_adapters.peft import SODAConfig, SpectralAdapterRConfig
+
+pytest.importorskip("spectral_kernels._C", reason="needs the extension")
+
+NODES = {
+    "soda": lambda base: SODALinear.from_linear(base, plan="tokens"),
+    "soda factored": lambda base: SODALinear.from_linear(base, plan="factored"),
+    "soda recompute": lambda base: SODALinear.from_linear(base, plan="factored", recompute=True),
+    "a": lambda base: SpectralAdapterALinear.from_linear(base, r=3),
+}
+
+
+def randomise(model):
+    """Move what is trained away from where it starts."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+
+
+@pytest.fixture
+def python_functions(monkeypatch):
+    """Switches the nodes off for the rest of the test."""
+    return lambda: monkeypatch.setattr(functional, "node_of", lambda *_: None)
+
+
+def node_layer(name):
+    torch.manual_seed(0)
+    layer = NODES[name](torch.nn.Linear(12, 8))
+    randomise(layer)
+    return layer
+
+
+def node_gradients(layer, x, trains_x=True):
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    y = layer(x)
+    y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+    found = [y.detach(), *(p.grad for p in trained), x.grad if trains_x else None]
+    for tensor in (x, *trained):
+        tensor.grad = None
+    return found
+
+
+@pytest.mark.parametrize("trains_bias", [False, True])
+@pytest.mark.parametrize("trains_x", [False, True])
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12)])
+@pytest.mark.parametrize("name", NODES)
+def test_nodes_do_what_functions_do(name, shape, trains_x, trains_bias, python_functions):
+    layer, x = node_layer(name), torch.randn(shape, requires_grad=trains_x)
+    (layer.bias if "soda" in name else layer.base.bias).requires_grad_(trains_bias)
+    assert functional.node_of("soda_linear", x) is not None
+    found = node_gradients(layer, x, trains_x)
+    assert "CppNode" in layer(x).grad_fn.name()
+    python_functions()
+    expected = node_gradients(layer, x, trains_x)
+    assert "CppNode" not in layer(x).grad_fn.name()
+    for value, oracle in zip(found, expected, strict=True):
+        assert (value is None) == (oracle is None)
+        assert value is None or torch.equal(value, oracle)
+
+
+@pytest.mark.parametrize("config", [SpectralAdapterRConfig(r=3), SODAConfig()])
+def test_nodes_of_a_model_with_a_bank(config, python_functions):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+    config.target_modules = ["0", "2"]
+    model = get_peft_model(base, config)
+    randomise(model)
+    x = torch.randn(5, 8, requires_grad=True)
+    for _ in range(2):
+        assert "CppNode" in model(x).grad_fn.name()
+        found = node_gradients(model, x)
+    python_functions()
+    for value, oracle in zip(found, node_gradients(model, x), strict=True):
+        assert torch.equal(value, oracle)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_nodes_keep_the_rules_of_the_graph(name):
+    layer, x = node_layer(name), torch.randn(5, 12, requires_grad=True)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    y = layer(x)
+    first = torch.autograd.grad(y.sum(), trained, retain_graph=True)
+    again = torch.autograd.grad(y.sum(), trained)
+    assert all(map(torch.equal, first, again))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(y.sum(), trained)
+
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+    layer(x).add_(1).sum().backward()  # the output is nobody else's
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+
+    if name in ("soda recompute", "a"):  # these keep x
+        hot = x * 1
+        y = layer(hot)
+        hot.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_a_pool_that_is_not_there():
+    layer = node_layer("soda")
+    x, basis, token = torch.randn(5, 12), layer.basis, torch.empty(0)
+    factors = [torch.eye(n) for n in layer.factor_sizes]
+    with pytest.raises(ValueError, match="pool must be the number of a pool; got 123456789"):
+        torch.ops.spectral_nodes.soda_linear(
+            *(x, basis.singular_values, basis.left, basis.right, None, None, True, False, False),
+            *(layer.delta, token, 123456789, 0, factors),
+        )

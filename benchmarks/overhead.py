@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from spectral_adapters import functional
 from spectral_adapters.peft import (
     SODAConfig,
     SpectralAdapterAConfig,
@@ -37,6 +40,8 @@ CONFIGS = {
     "A r=4": SpectralAdapterAConfig(r=4, target_modules=TARGETS),
     "R r=4": SpectralAdapterRConfig(r=4, target_modules=TARGETS),
 }
+#: Those that are nodes of the graph in C++ with the extension, and Functions in Python without it.
+NODES = ("SODA tokens", "SODA factored", "A r=4", "R r=4")
 
 
 def base() -> nn.Sequential:
@@ -58,6 +63,11 @@ def step(model: nn.Module, x: Tensor) -> tuple[float, float]:
     return middle - start, time.perf_counter() - middle
 
 
+def as_functions() -> AbstractContextManager[object]:
+    """Without the nodes that layers are in C++."""
+    return mock.patch.object(functional, "node_of", lambda *_: None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=60)
@@ -67,10 +77,12 @@ def main() -> None:
     x = torch.randn(TOKENS, SIZE, requires_grad=True)
     models: dict[str, nn.Module] = {"frozen": base()}
     models |= {name: get_peft_model(base(), config) for name, config in CONFIGS.items()}
+    models |= {f"{name}, Function": models[name] for name in NODES}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for _ in range(WARM_UP + options.rounds):
         for name, model in models.items():
-            times[name].append(step(model, x))
+            with as_functions() if name.endswith("Function") else nullcontext():
+                times[name].append(step(model, x))
     figures = {}
     print(f"{'microseconds per layer':24} forward backward")
     for name, found in times.items():

@@ -29,7 +29,8 @@ using torch::autograd::variable_list;
 
 // GradientPool of spectral_adapters/autograd.py; the backward of a model on several devices has a
 // thread for each. Layers name theirs by its number: an op that takes an object is looked through
-// in Python at every call.
+// in Python at every call. The node behind the token owns it, and who has a gradient for the pool
+// has an edge to that.
 class GradientPool : public torch::CustomClassHolder {
  public:
     explicit GradientPool(std::int64_t count) : sums_(count) {
@@ -199,7 +200,8 @@ class SODALinear : public torch::autograd::Function<SODALinear> {
         }
         auto& data = ctx->saved_data;
         data["rotated"] = optional(rotated);
-        data["pool"] = GradientPool::of(given.pool);
+        GradientPool::of(given.pool);  // there must be one
+        data["pool"] = given.pool;
         data["first"] = given.first;
         data["on_tokens"] = given.on_tokens;
         data["bias"] = static_cast<std::int64_t>(
@@ -257,8 +259,8 @@ class SODALinear : public torch::autograd::Function<SODALinear> {
         }
         ++next;
         if (needs_turns) {
-            data["pool"].toCustomClass<GradientPool>()->add(
-                data["first"].toInt(), std::vector<Tensor>(next, found.end()));
+            GradientPool::of(data["pool"].toInt())
+                ->add(data["first"].toInt(), std::vector<Tensor>(next, found.end()));
         }
         return results;
     }
@@ -379,7 +381,8 @@ class SpectralRLinear : public torch::autograd::Function<SpectralRLinear> {
         AutogradContext* ctx, const Tensor& x, const Tensor& token, const Optional& base,
         const Optional& bias, const Shared& given) {
         static const auto op = raw_op<LowRankForward>("spectral::spectral_r_linear_fwd");
-        ctx->saved_data["pool"] = GradientPool::of(given.pool);
+        GradientPool::of(given.pool);  // there must be one
+        ctx->saved_data["pool"] = given.pool;
         ctx->saved_data["first"] = given.first;
         return {low_rank_forward(ctx, op, x, base, bias, given.product, false)};
     }
@@ -401,8 +404,8 @@ class SpectralRLinear : public torch::autograd::Function<SpectralRLinear> {
                     data["scaling"].toDouble(), needs_x, needs_turns);
                 if (needs_x) results[0] = found[0];
                 if (needs_turns) {
-                    data["pool"].toCustomClass<GradientPool>()->add(
-                        data["first"].toInt(), {found[1], found[2]});
+                    GradientPool::of(data["pool"].toInt())
+                        ->add(data["first"].toInt(), {found[1], found[2]});
                 }
             }
         }

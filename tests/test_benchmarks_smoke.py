@@ -225,7 +225,7 @@ def test_a_section_that_fails_is_noted_and_fails_the_run(monkeypatch, tmp_path, 
 def test_a_section_has_a_process_and_a_time_limit():
     import gpu_bench
 
-    options = argparse.Namespace(device="cpu", smoke=True, seconds=0.0)
+    options = argparse.Namespace(device="cpu", smoke=True, seconds=0.0, wide_tiles=False)
     document = gpu_bench.section_in_a_process("ops", options, limit=120)
     assert document["sections"] == {"ops": "ok"} and document["ops"]
     document = gpu_bench.section_in_a_process("ops", options, limit=0.01)

@@ -177,8 +177,8 @@ def test_a_failed_compilation(build, tmp_path, request_):
 
 #: Kernels and most registers of each file. Cayley: forward and backward in float and double, 256
 #: threads a block, two of which fit on a multiprocessor at 128 registers. Kronecker: a kernel for
-#: each tile, and one that adds; 128 threads a block, of which two, or three, fit.
-KERNELS = {"cayley_cuda": (4, 128), "kron_gram_cuda": (7, 255), "kron_rotate_cuda": (6, 168)}
+#: each tile, and one that adds; up to 128 threads a block, of which two, or three, fit.
+KERNELS = {"cayley_cuda": (4, 128), "kron_gram_cuda": (9, 255), "kron_rotate_cuda": (8, 168)}
 
 
 @pytest.mark.parametrize("name", KERNELS)

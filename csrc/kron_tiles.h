@@ -2,7 +2,7 @@
 //
 // A row of two factors n1 x n2 is a tile in shared memory. Up to 32 x 48 it is one warp's, and the
 // Grams' sums of all its rows stay in the registers of that warp. Of a larger one two or four warps
-// have 16 rows each, of the tile and of the sums.
+// have 16 or more rows each, of the tile and of the sums.
 #pragma once
 
 #include <cstdint>

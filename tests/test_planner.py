@@ -174,7 +174,7 @@ def test_both_kinds_of_rates_are_kept(own_cache, tensor_cores, monkeypatch):
     assert planner.rates_for(torch.device("cuda"), torch.float16, (32, 40)) == measured[False]
 
 
-def test_tensor_cores_decide(tensor_cores):
+def test_tensor_cores_decide():
     """What an H200's layers took least time with (benchmarks/results/h200-2026-11-28.json)."""
     rates = DEFAULT_RATES["cuda, tensor cores"]
     for tokens, n, factors, best in (

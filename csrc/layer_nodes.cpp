@@ -3,99 +3,35 @@
 // takes longer than all the products of a small layer.
 //
 // `spectral_nodes::GradientPool` takes the gradients of a model's rotations to the one node that
-// all layers share, `spectral_nodes::soda_linear`, `spectral_a_linear` and `spectral_r_linear` are
+// all layers share, `KeptGradient` holds back those of merged weights, and
+// `spectral_nodes::soda_linear`, `merged_linear`, `spectral_a_linear` and `spectral_r_linear` are
 // the layers. Once differentiable; what is frozen has no gradient.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <mutex>
 #include <optional>
 #include <tuple>
-#include <unordered_map>
 #include <vector>
+
+#include "gradient_pool.h"
 
 namespace spectral {
 namespace {
 
 using at::Tensor;
-using Optional = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// GradientPool of spectral_adapters/autograd.py; the backward of a model on several devices has a
-// thread for each. Layers name theirs by its number: an op that takes an object is looked through
-// in Python at every call. The node behind the token owns it, and who has a gradient for the pool
-// has an edge to that.
-class GradientPool : public torch::CustomClassHolder {
- public:
-    explicit GradientPool(std::int64_t count) : sums_(count) {
-        const std::lock_guard<std::mutex> lock(all_mutex());
-        static std::int64_t next = 0;
-        number_ = next++;
-        all()[number_] = this;
-    }
+Optional optional(const Tensor& tensor) {
+    return tensor.defined() ? Optional(tensor) : std::nullopt;
+}
 
-    ~GradientPool() override {
-        const std::lock_guard<std::mutex> lock(all_mutex());
-        all().erase(number_);
-    }
-
-    std::int64_t number() const { return number_; }
-
-    // The pool of a number, whose owner is still there.
-    static c10::intrusive_ptr<GradientPool> of(std::int64_t number) {
-        const std::lock_guard<std::mutex> lock(all_mutex());
-        const auto found = all().find(number);
-        TORCH_CHECK_VALUE(found != all().end(), "pool must be the number of a pool; got ", number);
-        return c10::intrusive_ptr<GradientPool>::reclaim_copy(found->second);
-    }
-
-    void add(std::int64_t first, std::vector<Tensor> grads) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        const at::NoGradGuard no_grad;
-        const std::int64_t pass = torch::autograd::get_current_graph_task_id();
-        if (pass != pass_) {
-            // The pass before this one was interrupted, or left these gradients to nobody.
-            sums_.assign(sums_.size(), std::nullopt);
-            pass_ = pass;
-        }
-        for (std::size_t i = 0; i < grads.size(); ++i) {
-            Optional& sum = sums_.at(first + i);
-            sum = sum.has_value() ? *sum + grads[i] : grads[i];
-        }
-    }
-
-    std::vector<Optional> take() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        std::vector<Optional> sums(sums_.size());
-        sums.swap(sums_);
-        if (pass_ != torch::autograd::get_current_graph_task_id()) {
-            sums.assign(sums.size(), std::nullopt);
-        }
-        return sums;
-    }
-
- private:
-    static std::mutex& all_mutex() {
-        static std::mutex mutex;
-        return mutex;
-    }
-    static std::unordered_map<std::int64_t, GradientPool*>& all() {
-        static std::unordered_map<std::int64_t, GradientPool*> pools;
-        return pools;
-    }
-
-    std::mutex mutex_;
-    std::vector<Optional> sums_;
-    std::int64_t pass_ = -1;
-    std::int64_t number_ = -1;
-};
+Tensor or_none(const Optional& tensor) { return tensor.has_value() ? *tensor : Tensor(); }
 
 // What a layer's backward runs under: the types that the forward chose, no graph of its own, and
 // the ops below their guards, as in the forward, whose result is then nobody's view. Saved tensors
@@ -140,12 +76,6 @@ template <typename Signature>
 auto raw_op(const char* name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
-
-Optional optional(const Tensor& tensor) {
-    return tensor.defined() ? Optional(tensor) : std::nullopt;
-}
-
-Tensor or_none(const Optional& tensor) { return tensor.has_value() ? *tensor : Tensor(); }
 
 Tensor bias_gradient(const Tensor& grad, at::ScalarType type) {
     return grad.reshape({-1, grad.size(-1)}).sum(0).to(type);
@@ -276,6 +206,179 @@ std::vector<Tensor> soda_linear(
         x, offset, token, bias,
         SODALinear::Frozen{
             scale, left, right, rotated, on_tokens, recompute, keep, pool, first, factors});
+}
+
+// --- SODA, svd left, merged: MergedLinearFunction
+
+using KronRotate = Tensor(const Tensor&, at::TensorList, bool, const Optional&, const Optional&);
+using KronGram =
+    std::vector<Tensor>(const Tensor&, const Tensor&, at::IntArrayRef, const Optional&);
+
+// eager_op of spectral_kernels/ops/kron.py.
+template <typename Signature>
+const auto& kron_op(const Tensor& x, const char* on_cpu, const char* on_gpu) {
+    static const auto cpu = raw_op<Signature>(on_cpu);
+    if (!x.is_cuda()) return cpu;
+    static const auto gpu = raw_op<Signature>(on_gpu);
+    return gpu;
+}
+
+class MergedLinear : public torch::autograd::Function<MergedLinear> {
+ public:
+    struct Basis {
+        const Tensor& scale;
+        const Tensor& left;
+        const Tensor& singular_values;
+        const Tensor& right;
+        const Optional& base;
+    };
+    struct Frozen {
+        const Basis& basis;
+        const Optional& weight;
+        const Optional& rotated;
+        std::optional<std::int64_t> gradient;
+        bool recompute;
+        std::int64_t pool;
+        std::int64_t first;
+        at::TensorList factors;
+    };
+
+    // y and, as far as they were built here, W' and U R.
+    static variable_list forward(
+        AutogradContext* ctx, const Tensor& x, const Tensor& offset, const Tensor& token,
+        const Optional& base, const Optional& bias, const Frozen& given) {
+        variable_list results(1);
+        Tensor weight = or_none(given.weight), rotated = or_none(given.rotated);
+        {
+            const at::AutoDispatchBelowADInplaceOrView below;
+            if (!weight.defined()) {
+                const bool is_known = rotated.defined();
+                if (!is_known) rotated = rotated_basis(given.basis.left, given.factors);
+                weight = merged_weight(rotated, given.basis, x.scalar_type());
+                results.push_back(weight);
+                if (!is_known) results.push_back(rotated);
+            }
+            results[0] = at::linear(x, weight, bias);
+        }
+        ctx->mark_non_differentiable({results.begin() + 1, results.end()});
+        ctx->set_materialize_grads(false);
+        auto& data = ctx->saved_data;
+        GradientPool::of(given.pool);  // there must be one
+        data["pool"] = given.pool;
+        data["first"] = given.first;
+        if (given.gradient.has_value()) {
+            data["gradient"] = KeptGradient::of(*given.gradient);
+        }
+        data["bias"] = static_cast<std::int64_t>(
+            bias.has_value() ? bias->scalar_type() : at::ScalarType::Undefined);
+        data["offset"] = static_cast<std::int64_t>(offset.scalar_type());
+        if (given.recompute) weight = rotated = Tensor();
+        const Basis& basis = given.basis;
+        variable_list saved{x,           basis.scale,   basis.left, basis.singular_values,
+                            basis.right, or_none(base), weight,     rotated};
+        saved.insert(saved.end(), given.factors.begin(), given.factors.end());
+        ctx->save_for_backward(std::move(saved));
+        return results;
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        variable_list results(6);
+        const Tensor& grad = grads[0];
+        if (!grad.defined()) return results;
+        const variable_list saved = ctx->get_saved_variables();
+        {
+            const InsideNode inside;
+            gradients(ctx, saved, grad, results);
+        }
+        return once(grad, std::move(results));
+    }
+
+ private:
+    // Of x, the offset, the token (none: the pool has them), the base and the bias.
+    static void gradients(
+        AutogradContext* ctx, const variable_list& saved, const Tensor& grad,
+        variable_list& results) {
+        auto& data = ctx->saved_data;
+        const Tensor &x = saved[0], &left = saved[2], &right = saved[4];
+        const Optional base = optional(saved[5]);
+        const Basis basis{saved[1], left, saved[3], right, base};
+        Tensor weight = saved[6], rotated = saved[7];
+        const variable_list factors(saved.begin() + 8, saved.end());
+
+        const bool needs_x = ctx->needs_input_grad(0), needs_offset = ctx->needs_input_grad(1);
+        const bool needs_turns = ctx->needs_input_grad(2);
+        const bool needs_sums = needs_offset || needs_turns;
+        std::size_t edge = 3;  // inputs that are not there have no edge
+        const bool needs_base = base.has_value() && ctx->needs_input_grad(edge++);
+        const auto bias_type = static_cast<at::ScalarType>(data["bias"].toInt());
+        if (bias_type != at::ScalarType::Undefined && ctx->needs_input_grad(edge)) {
+            results[4] = bias_gradient(grad, bias_type);
+        }
+        const Tensor flat = grad.reshape({-1, grad.size(-1)});
+        Tensor weight_grad;
+        if (needs_sums || needs_base) {
+            weight_grad = flat.mT().matmul(x.reshape({-1, x.size(-1)}));
+        }
+        if (needs_base) results[3] = weight_grad.to(base->scalar_type());
+        if (needs_sums && data.count("gradient") > 0) {
+            const auto kept = data["gradient"].toCustomClass<KeptGradient>();
+            weight_grad = or_none(kept->pass_on(weight_grad));
+        }
+        if (!rotated.defined()) rotated = rotated_basis(left, factors);
+        if (needs_x) {
+            if (!weight.defined()) weight = merged_weight(rotated, basis, grad.scalar_type());
+            results[0] = flat.matmul(weight).view(x.sizes());
+        }
+        if (!needs_sums || !weight_grad.defined()) return;
+        const auto type = x.scalar_type();
+        const Tensor turned =
+            weight_grad.to(type).matmul(right.to(type).mT()).to(rotated.scalar_type());
+        std::vector<std::int64_t> sizes;
+        for (const Tensor& factor : factors) sizes.push_back(factor.size(0));
+        std::vector<Tensor> turns = gram(rotated, turned, sizes, basis.scale);
+        if (needs_offset) {
+            const Tensor sums = turns.back().to(basis.scale.scalar_type());
+            results[1] = sums.to(static_cast<at::ScalarType>(data["offset"].toInt()));
+        }
+        if (!needs_turns) return;
+        turns.pop_back();
+        for (std::size_t i = 0; i < turns.size(); ++i) {
+            turns[i] = factors[i].matmul(turns[i].to(factors[i].scalar_type()));
+        }
+        GradientPool::of(data["pool"].toInt())->add(data["first"].toInt(), std::move(turns));
+    }
+
+    static std::vector<Tensor> gram(
+        const Tensor& a, const Tensor& b, at::IntArrayRef sizes, const Tensor& scale) {
+        return kron_op<KronGram>(a, "spectral::kron_gram", "spectral_products::kron_gram")
+            .call(a, b, sizes, scale);
+    }
+
+    static Tensor rotated_basis(const Tensor& left, at::TensorList factors) {
+        const Tensor wide = at_least(left, at::kFloat);
+        return kron_op<KronRotate>(wide, "spectral::kron_rotate", "spectral_products::kron_rotate")
+            .call(wide, factors, false, std::nullopt, std::nullopt);
+    }
+
+    static Tensor merged_weight(const Tensor& rotated, const Basis& basis, at::ScalarType type) {
+        Tensor folded = rotated * basis.scale;
+        const Tensor right = basis.right.to(type);
+        if (!basis.base.has_value()) return folded.to(type).matmul(right);
+        folded.sub_(basis.left * basis.singular_values);
+        return (*basis.base + folded.to(type).matmul(right)).to(type);
+    }
+};
+
+std::vector<Tensor> merged_linear(
+    const Tensor& x, const Tensor& scale, const Tensor& left, const Tensor& singular_values,
+    const Tensor& right, const Optional& base, const Optional& bias, const Optional& weight,
+    const Optional& rotated, std::optional<std::int64_t> gradient, bool recompute,
+    const Tensor& offset, const Tensor& token, std::int64_t pool, std::int64_t first,
+    at::TensorList factors) {
+    const MergedLinear::Basis basis{scale, left, singular_values, right, base};
+    return MergedLinear::apply(
+        x, offset, token, base, bias,
+        MergedLinear::Frozen{basis, weight, rotated, gradient, recompute, pool, first, factors});
 }
 
 // --- A and R: SpectralALinearFunction and SpectralRLinearFunction
@@ -441,7 +544,17 @@ TORCH_LIBRARY(spectral_nodes, m) {
         .def(torch::init<std::int64_t>())
         .def("add", &spectral::GradientPool::add)
         .def("take", &spectral::GradientPool::take)
-        .def("number", &spectral::GradientPool::number);
+        .def("number", &spectral::number_of<spectral::GradientPool>);
+    m.class_<spectral::Deferral>("Deferral")
+        .def(torch::init<>())
+        .def("is_on", &spectral::Deferral::is_on)
+        .def("set", &spectral::Deferral::set);
+    m.class_<spectral::KeptGradient>("KeptGradient")
+        .def(torch::init<c10::intrusive_ptr<spectral::Deferral>>())
+        .def("sum", &spectral::KeptGradient::sum)
+        .def("set_sum", &spectral::KeptGradient::set_sum)
+        .def("pass_on", &spectral::KeptGradient::pass_on)
+        .def("number", &spectral::number_of<spectral::KeptGradient>);
     const auto define = [&](const char* schema, auto function) {
         m.def(schema, torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, function));
     };
@@ -451,6 +564,12 @@ TORCH_LIBRARY(spectral_nodes, m) {
         "int pool, int first, Tensor[] factors) "
         "-> Tensor[]",
         &spectral::soda_linear);
+    define(
+        "merged_linear(Tensor x, Tensor scale, Tensor left, Tensor singular_values, Tensor right, "
+        "Tensor? base, Tensor? bias, Tensor? weight, Tensor? rotated, int? gradient, "
+        "bool recompute, Tensor offset, Tensor token, int pool, int first, Tensor[] factors) "
+        "-> Tensor[]",
+        &spectral::merged_linear);
     define(
         "spectral_a_linear(Tensor x, Tensor? base, Tensor? weight, Tensor? bias, Tensor left, "
         "Tensor singular_values, Tensor right, Tensor shift_left, Tensor shift_right, "

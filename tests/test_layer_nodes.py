@@ -13,6 +13,10 @@ NODES = {
     "soda": lambda base: SODALinear.from_linear(base, plan="tokens"),
     "soda factored": lambda base: SODALinear.from_linear(base, plan="factored"),
     "soda recompute": lambda base: SODALinear.from_linear(base, plan="factored", recompute=True),
+    "soda merged": lambda base: SODALinear.from_linear(base, plan="merged"),
+    "soda merged, recompute": lambda base: SODALinear.from_linear(
+        base, plan="merged", recompute=True
+    ),
     "a": lambda base: SpectralAdapterALinear.from_linear(base, r=3),
 }
 
@@ -101,7 +105,7 @@ def test_nodes_keep_the_rules_of_the_graph(name):
     with torch.no_grad():
         assert not layer(x).requires_grad
 
-    if name in ("soda recompute", "a"):  # these keep x
+    if name in ("soda recompute", "a") or "merged" in name:  # these keep x
         hot = x * 1
         y = layer(hot)
         hot.mul_(2)

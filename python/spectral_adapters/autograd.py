@@ -196,7 +196,7 @@ class GradientPool:
 
 
 class _ExtensionPool(GradientPool):
-    """The same in the extension (csrc/layer_nodes.cpp)."""
+    """The same in the extension (csrc/gradient_pool.h)."""
 
     def __init__(self, count: int) -> None:
         self._pool = torch.classes.spectral_nodes.GradientPool(count)
@@ -588,7 +588,25 @@ class Deferral:
     """Whether the gradients of merged weights have to wait now; one switch for a whole model."""
 
     def __init__(self) -> None:
-        self.is_on = False
+        #: The extension's, which reads it there, if it has one.
+        self.extension = None
+        if _node("merged_linear") is not None:
+            self.extension = torch.classes.spectral_nodes.Deferral()
+        #: Whether it was ever on, and there may be a gradient that waits.
+        self.was_on = False
+        self._is_on = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether gradients have to wait."""
+        return self._is_on
+
+    @is_on.setter
+    def is_on(self, value: bool) -> None:
+        self._is_on = value
+        self.was_on |= value
+        if self.extension is not None:
+            self.extension.set(value)
 
 
 class KeptGradient:
@@ -596,17 +614,52 @@ class KeptGradient:
 
     While the deferral is on, a merged layer's backward adds to it and passes nothing on; the first
     backward after that takes the sum, so that it is contracted with the bases once.
+    :func:`kept_gradient` makes the extension's where there is one.
     """
+
+    #: What the extension knows it by, if it is the extension's.
+    number: int | None = None
+    #: The sum so far, in fp32 or better, or None.
+    sum: Tensor | None = None
 
     def __init__(self, deferral: Deferral) -> None:
         self._deferral = deferral
-        self.sum: Tensor | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is a sum that was not wanted yet."""
+        return self._deferral.was_on and self.sum is not None
 
     def pass_on(self, grad: Tensor) -> Tensor | None:
         """The sum so far and ``grad``, or None if that has to wait."""
         total = grad if self.sum is None else self.sum.add_(grad)
         self.sum = at_least(total, torch.float32) if self._deferral.is_on else None
         return None if self._deferral.is_on else total
+
+
+class _ExtensionGradient(KeptGradient):
+    """The same in the extension (csrc/gradient_pool.h)."""
+
+    def __init__(self, deferral: Deferral) -> None:
+        super().__init__(deferral)
+        self._kept = torch.classes.spectral_nodes.KeptGradient(deferral.extension)
+        self.number = self._kept.number()
+
+    @property
+    def sum(self) -> Tensor | None:  # type: ignore[override]
+        return self._kept.sum()
+
+    @sum.setter
+    def sum(self, value: Tensor | None) -> None:
+        self._kept.set_sum(value)
+
+    def pass_on(self, grad: Tensor) -> Tensor | None:
+        return self._kept.pass_on(grad)
+
+
+def kept_gradient(deferral: Deferral) -> KeptGradient:
+    """An empty one, which the nodes of :func:`node_of` can add to."""
+    return (KeptGradient if deferral.extension is None else _ExtensionGradient)(deferral)
 
 
 class MergedLinearFunction(torch.autograd.Function):

@@ -438,7 +438,7 @@ def adapted_product(
         fixed_spectrum=fixed_spectrum,
         rates=rates_for(x.device, work_dtype, sizes),
     ).name
-    if folded is not None and folded.gradient.sum is not None and training:
+    if folded is not None and folded.gradient.is_waiting and training:
         name = "merged"  # its backward takes the gradient that waits
     if folded is not None:
         folded.adopt(basis, base_weight)
@@ -540,6 +540,17 @@ def _merged_product(
     kept = None if folded is None else folded.weight
     if kept is not None and kept.dtype != x.dtype:
         kept = None
+    node = None if shared is None or offset is None else node_of("merged_linear", x, shared)
+    if node is not None:
+        assert shared is not None
+        rotated, gradient = None, None
+        if folded is not None:
+            rotated, gradient = folded.rotated, folded.gradient.number
+        behind = (recompute, offset, shared.token, shared.pool.number, shared.first, factors)
+        y, *made = node(x, spectrum, *basis, base_weight, bias, kept, rotated, gradient, *behind)
+        if folded is not None and not recompute:
+            _keep(folded, *made)
+        return y
     y, weight, rotated = (apply if shared is None else record)(
         MergedLinearFunction,
         x,
@@ -557,11 +568,16 @@ def _merged_product(
         *factors,
     )
     if folded is not None and not recompute:
-        if weight is not None:
-            folded.weight = weight
-        if rotated is not None:
-            folded.rotated = rotated
+        _keep(folded, weight, rotated)
     return y
+
+
+def _keep(folded: FoldedBasis, weight: Tensor | None = None, rotated: Tensor | None = None) -> None:
+    """Hold on to what was built."""
+    if weight is not None:
+        folded.weight = weight
+    if rotated is not None:
+        folded.rotated = rotated
 
 
 def check_recompute(recompute: bool, decomposition: str, rotation: str | None) -> None:

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from spectral_adapters.autograd import (
     Deferral,
-    KeptGradient,
     LayerRotationsFunction,
     SharedCayleyFunction,
     SharedRotations,
     apply,
     gradient_pool,
+    kept_gradient,
 )
 from spectral_adapters.functional import (
     FoldedBasis,
@@ -154,7 +154,7 @@ class _Entry:
         self.parameters = slot.parameters
         self.values: tuple[Tensor, ...] = ()
         self.shared: SharedRotations | None = None
-        self.folded = FoldedBasis(KeptGradient(deferral))
+        self.folded = FoldedBasis(kept_gradient(deferral))
         #: Since the root's last forward began: asked for, and asked for with a gradient.
         self.was_seen = self.was_used = False
         self.traced: tuple[Tensor, ...] = ()
@@ -289,7 +289,7 @@ class RotationBank:
     @property
     def has_waiting_gradients(self) -> bool:
         """Whether gradients of merged weights wait for their contraction (:meth:`accumulate`)."""
-        return any(entry.folded.gradient.sum is not None for entry in self._entries.values())
+        return any(entry.folded.gradient.is_waiting for entry in self._entries.values())
 
     @contextmanager
     def accumulate(self, enabled: bool = True) -> Iterator[None]:
@@ -494,7 +494,7 @@ class RotationBank:
 
     def _refuse_pending(self) -> None:
         """Raise if parameters changed while gradients were waiting for their contraction."""
-        waiting = [e for e in self._entries.values() if e.folded.gradient.sum is not None]
+        waiting = [e for e in self._entries.values() if e.folded.gradient.is_waiting]
         if waiting:
             for entry in waiting:
                 entry.folded.gradient.sum = None

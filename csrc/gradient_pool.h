@@ -1,0 +1,154 @@
+// What layers' backward passes leave for others, in eager code: GradientPool, Deferral and
+// KeptGradient of spectral_adapters/autograd.py.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/custom_class.h>
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace spectral {
+
+using Optional = std::optional<at::Tensor>;
+
+// In the smallest type that holds the tensor's numbers and those of another type.
+inline at::Tensor at_least(const at::Tensor& tensor, at::ScalarType type) {
+    return tensor.to(c10::promoteTypes(tensor.scalar_type(), type));
+}
+
+// What layers name by a number, as an op that takes an object is looked through in Python at every
+// call.
+template <typename Object>
+class Numbered : public torch::CustomClassHolder {
+ public:
+    ~Numbered() override {
+        const std::lock_guard<std::mutex> lock(all_mutex());
+        all().erase(number_);
+    }
+
+    std::int64_t number() const { return number_; }
+
+    // The object of a number, whose owner is still there.
+    static c10::intrusive_ptr<Object> of(std::int64_t number) {
+        const std::lock_guard<std::mutex> lock(all_mutex());
+        const auto found = all().find(number);
+        TORCH_CHECK_VALUE(
+            found != all().end(), Object::kName, " must be the number of a ", Object::kName,
+            "; got ", number);
+        return c10::intrusive_ptr<Object>::reclaim_copy(static_cast<Object*>(found->second));
+    }
+
+ protected:
+    Numbered() {
+        const std::lock_guard<std::mutex> lock(all_mutex());
+        static std::int64_t next = 0;
+        number_ = next++;
+        all()[number_] = this;
+    }
+
+ private:
+    static std::mutex& all_mutex() {
+        static std::mutex mutex;
+        return mutex;
+    }
+    static std::unordered_map<std::int64_t, Numbered*>& all() {
+        static std::unordered_map<std::int64_t, Numbered*> objects;
+        return objects;
+    }
+
+    std::int64_t number_ = -1;
+};
+
+// What a class of TorchScript can have as a method: one of a base class it cannot.
+template <typename Object>
+std::int64_t number_of(const c10::intrusive_ptr<Object>& object) {
+    return object->number();
+}
+
+// The backward of a model on several devices has a thread for each. The node behind the token owns
+// it, and who has a gradient for the pool has an edge to that.
+class GradientPool : public Numbered<GradientPool> {
+ public:
+    static constexpr auto kName = "pool";
+
+    explicit GradientPool(std::int64_t count) : sums_(count) {}
+
+    void add(std::int64_t first, std::vector<at::Tensor> grads) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const at::NoGradGuard no_grad;
+        const std::int64_t pass = torch::autograd::get_current_graph_task_id();
+        if (pass != pass_) {
+            // The pass before this one was interrupted, or left these gradients to nobody.
+            sums_.assign(sums_.size(), std::nullopt);
+            pass_ = pass;
+        }
+        for (std::size_t i = 0; i < grads.size(); ++i) {
+            Optional& sum = sums_.at(first + i);
+            sum = sum.has_value() ? *sum + grads[i] : grads[i];
+        }
+    }
+
+    std::vector<Optional> take() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        std::vector<Optional> sums(sums_.size());
+        sums.swap(sums_);
+        if (pass_ != torch::autograd::get_current_graph_task_id()) {
+            sums.assign(sums.size(), std::nullopt);
+        }
+        return sums;
+    }
+
+ private:
+    std::mutex mutex_;
+    std::vector<Optional> sums_;
+    std::int64_t pass_ = -1;
+};
+
+class Deferral : public torch::CustomClassHolder {
+ public:
+    bool is_on() const { return is_on_; }
+    void set(bool is_on) { is_on_ = is_on; }
+
+ private:
+    std::atomic<bool> is_on_ = false;
+};
+
+class KeptGradient : public Numbered<KeptGradient> {
+ public:
+    static constexpr auto kName = "gradient";
+
+    explicit KeptGradient(c10::intrusive_ptr<Deferral> deferral) : deferral_(std::move(deferral)) {}
+
+    Optional sum() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return sum_;
+    }
+    void set_sum(Optional sum) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        sum_ = std::move(sum);
+    }
+
+    Optional pass_on(const at::Tensor& grad) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const at::NoGradGuard no_grad;
+        const at::Tensor total = sum_.has_value() ? sum_->add_(grad) : grad;
+        sum_ = std::nullopt;
+        if (!deferral_->is_on()) return total;
+        sum_ = at_least(total, at::kFloat);
+        return std::nullopt;
+    }
+
+ private:
+    const c10::intrusive_ptr<Deferral> deferral_;
+    std::mutex mutex_;
+    Optional sum_;
+};
+
+}  // namespace spectral

@@ -66,6 +66,7 @@ HEADERS = tuple(
         "cayley_cuda.cuh",
         "cayley_cuda.h",
         "cayley_pivoting.h",
+        "gradient_pool.h",
         "kron_cpu.h",
         "kron_cpu_kernels.h",
         "kron_cpu_ops.h",

@@ -41,7 +41,7 @@ CONFIGS = {
     "R r=4": SpectralAdapterRConfig(r=4, target_modules=TARGETS),
 }
 #: Those that are nodes of the graph in C++ with the extension, and Functions in Python without it.
-NODES = ("SODA tokens", "SODA factored", "A r=4", "R r=4")
+NODES = ("SODA tokens", "SODA factored", "SODA merged", "A r=4", "R r=4")
 
 
 def base() -> nn.Sequential:

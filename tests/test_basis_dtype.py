@@ -12,7 +12,12 @@ from support import TOLERANCE, assert_near, dense_soda_weight, randomise, relati
 from torch import Tensor, nn
 
 from spectral_adapters import SODAConv2d, SODALinear, SVDiffLinear
-from spectral_adapters.autograd import Deferral, KeptGradient, MergedLinearFunction
+from spectral_adapters.autograd import (
+    Deferral,
+    KeptGradient,
+    MergedLinearFunction,
+    kept_gradient,
+)
 from spectral_adapters.functional import soda_weight
 from spectral_adapters.peft import SODAConfig, SVDiffConfig
 from spectral_adapters.planner import PLANS
@@ -222,17 +227,20 @@ def test_adapters_of_different_precision_do_not_share():
     assert factors["default"] is factors["same"] and factors["default"] is not factors["wide"]
 
 
-def test_waiting_gradients_are_summed_in_fp32():
+@pytest.mark.parametrize("kind", [KeptGradient, kept_gradient])
+def test_waiting_gradients_are_summed_in_fp32(kind):
     """Additions of 2^-10 of the first would vanish in a bf16 sum."""
     deferral = Deferral()
-    kept = KeptGradient(deferral)
+    kept = kind(deferral)
+    assert not kept.is_waiting
     deferral.is_on = True
     for size in (1.0, *[2.0**-10] * 64):
         assert kept.pass_on(torch.full((2, 2), size, dtype=torch.bfloat16)) is None
+    assert kept.is_waiting
     deferral.is_on = False
     total = kept.pass_on(torch.zeros(2, 2, dtype=torch.bfloat16))
     assert torch.equal(total, torch.full((2, 2), 1 + 64 * 2.0**-10))
-    assert kept.sum is None
+    assert kept.sum is None and not kept.is_waiting
 
 
 def test_merged_weight_of_the_functional_form():

@@ -6,6 +6,7 @@ from peft import get_peft_model
 
 from spectral_adapters import SODALinear, SpectralAdapterALinear, functional
 from spectral_adapters.peft import SODAConfig, SpectralAdapterRConfig
+from spectral_adapters.rotation_bank import RotationBank
 
 pytest.importorskip("spectral_kernels._C", reason="needs the extension")
 
@@ -70,7 +71,10 @@ def test_nodes_do_what_functions_do(name, shape, trains_x, trains_bias, python_f
         assert value is None or torch.equal(value, oracle)
 
 
-@pytest.mark.parametrize("config", [SpectralAdapterRConfig(r=3), SODAConfig()])
+CONFIGS = [SpectralAdapterRConfig(r=3), SODAConfig(), SODAConfig(plan="merged")]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 def test_nodes_of_a_model_with_a_bank(config, python_functions):
     torch.manual_seed(0)
     base = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
@@ -84,6 +88,32 @@ def test_nodes_of_a_model_with_a_bank(config, python_functions):
     python_functions()
     for value, oracle in zip(found, node_gradients(model, x), strict=True):
         assert torch.equal(value, oracle)
+
+
+def test_gradients_of_merged_weights_wait(python_functions):
+    torch.manual_seed(0)
+    config = SODAConfig(plan="merged", target_modules=["0"])
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config)
+    randomise(model)
+    bank, batches = RotationBank.of(model), torch.randn(3, 5, 8)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients():
+        for number, x in enumerate(batches):
+            with bank.accumulate(number < 2):
+                model(x).square().sum().backward()
+            assert bank.has_waiting_gradients == (number < 2)
+            assert (trained[0].grad is None) == (number < 2)
+        found = [p.grad for p in trained]
+        for p in trained:
+            p.grad = None
+        return found
+
+    model(batches[0])
+    assert "CppNode" in model(batches[0]).grad_fn.name()
+    found = gradients()
+    python_functions()
+    assert all(map(torch.equal, found, gradients()))
 
 
 @pytest.mark.parametrize("name", NODES)

@@ -646,7 +646,7 @@ class _ExtensionGradient(KeptGradient):
         self.number = self._kept.number()
 
     @property
-    def sum(self) -> Tensor | None:  # type: ignore[override]
+    def sum(self) -> Tensor | None:
         return self._kept.sum()
 
     @sum.setter

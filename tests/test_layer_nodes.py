@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from spectral_adapters import SODALinear, SpectralAdapterALinear, functional
+from spectral_adapters import SODALinear, SpectralAdapterALinear, SpectralAdapterRLinear, functional
 from spectral_adapters.peft import SODAConfig, SpectralAdapterRConfig
 from spectral_adapters.rotation_bank import RotationBank
 
@@ -19,6 +19,7 @@ NODES = {
         base, plan="merged", recompute=True
     ),
     "a": lambda base: SpectralAdapterALinear.from_linear(base, r=3),
+    "r": lambda base: SpectralAdapterRLinear.from_linear(base, r=3),
 }
 
 

@@ -135,6 +135,21 @@ class RotatedLayer:
             spectrum = folded.shifted(singular_values, offset)
         return SODATerms(basis, spectrum, banked.values, folded, offset, banked.shared)
 
+    def _rotations_for_product(
+        self, slot: RotationSlot, device: torch.device, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], SharedRotations | None]:
+        """Orthogonal factors [n, n] of a slot, and where their gradients go, plain numbers then;
+        else tensors that pass them on, and None."""
+        banked = self._banked(slot) or _alone(slot)
+        if banked is None:
+            turns = self._own_rotations(slot)
+        else:
+            first = banked.values[0]
+            if banked.shared is not None and (first.device, first.dtype) == (device, dtype):
+                return banked.values, banked.shared
+            turns = banked.with_gradients()
+        return tuple([turn.to(device, dtype) for turn in turns]), None
+
     def _own_rotations(self, slot: RotationSlot) -> tuple[Tensor, ...]:
         """Orthogonal factors [n, n] of a slot, in fp32 or better, computed here."""
         if slot.sizes is None:

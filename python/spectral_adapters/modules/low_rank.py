@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from spectral_adapters.absorption import absorbed_columns
-from spectral_adapters.autograd import SpectralALinearFunction, SpectralRLinearFunction
+from spectral_adapters.autograd import (
+    SharedRotations,
+    SpectralALinearFunction,
+    SpectralRLinearFunction,
+)
 from spectral_adapters.decomposition import (
     ColumnFactorisation,
     Fingerprint,
@@ -110,8 +114,8 @@ class SpectralAdapterLinear(SpectralModule):
         """Register the trained parameters, at the identity."""
         raise NotImplementedError
 
-    def _trained(self) -> tuple[Tensor, Tensor]:
-        """The shifts, or the rotations."""
+    def _trained(self) -> tuple[tuple[Tensor, ...], SharedRotations | None]:
+        """The shifts, or the rotations and where their gradients go if not through them."""
         raise NotImplementedError
 
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -122,10 +126,12 @@ class SpectralAdapterLinear(SpectralModule):
         """[..., in_features] -> [..., out_features]."""
         base = self.base
         assert self.singular_values is not None
-        factors = (self.left, self.singular_values, self.right, *self._trained())
-        if type(base) is nn.Linear and computes_as_written(base, x):
-            return adapted_linear(self._function, x, factors, weight=base.weight, bias=base.bias)
-        return adapted_linear(self._function, x, factors, base=base(x))
+        trained, shared = self._trained()
+        factors = (self.left, self.singular_values, self.right, *trained)
+        start: dict[str, Any] = {"weight": base.weight, "bias": base.bias}
+        if type(base) is not nn.Linear or not computes_as_written(base, x):
+            start = {"base": base(x)}
+        return adapted_linear(self._function, x, factors, shared=shared, **start)
 
     def get_delta_weight(self) -> Tensor:
         """``W' - W0`` [out, in]; exactly zero for an untrained layer."""
@@ -193,11 +199,11 @@ class SpectralAdapterALinear(SpectralAdapterLinear):
         self.shift_left = nn.Parameter(torch.zeros(self.out_features, r, **options))
         self.shift_right = nn.Parameter(torch.zeros(self.in_features, r, **options))
 
-    def _trained(self) -> tuple[Tensor, Tensor]:
-        return self.shift_left, self.shift_right
+    def _trained(self) -> tuple[tuple[Tensor, ...], None]:
+        return (self.shift_left, self.shift_right), None
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        return low_rank_factors(self.basis, shifts=self._trained())
+        return low_rank_factors(self.basis, shifts=(self.shift_left, self.shift_right))
 
 
 class SpectralAdapterRLinear(SpectralAdapterLinear, RotatedLayer):
@@ -249,8 +255,9 @@ class SpectralAdapterRLinear(SpectralAdapterLinear, RotatedLayer):
             packed.zero_()
         return self
 
-    def _trained(self) -> tuple[Tensor, Tensor]:
-        return self.rotations()
+    def _trained(self) -> tuple[tuple[Tensor, ...], SharedRotations | None]:
+        (slot,) = self.rotation_slots()
+        return self._rotations_for_product(slot, self.left.device, self.left.dtype)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return low_rank_factors(self.basis, rotations=self.rotations())

@@ -68,14 +68,7 @@ class SpectralAdapterRLayer(ColumnLayer, RotatedLayer):
     def _linear_change(self, adapter: str, device: torch.device) -> LinearChange:
         left, singular_values, right = self._basis(adapter, device)
         assert singular_values is not None
-        banked = self._banked(self._slot(adapter))
-        turns: tuple[Tensor, ...]
-        if banked is None or banked.shared is None:
-            turns, shared = self._turns(adapter, device, left.dtype), None
-        else:
-            turns, shared = banked.values, banked.shared
-            if (turns[0].device, turns[0].dtype) != (device, left.dtype):
-                turns, shared = self._turns(adapter, device, left.dtype), None
+        turns, shared = self._rotations_for_product(self._slot(adapter), device, left.dtype)
         factors = (left, singular_values, right, *turns)
         return LinearChange(SpectralRLinearFunction, factors, shared)
 

@@ -35,14 +35,20 @@ class Numbered : public torch::CustomClassHolder {
 
     std::int64_t number() const { return number_; }
 
-    // The object of a number, whose owner is still there.
-    static c10::intrusive_ptr<Object> of(std::int64_t number) {
+    // The object of a number, or none if nobody has it any more.
+    static c10::intrusive_ptr<Object> find(std::int64_t number) {
         const std::lock_guard<std::mutex> lock(all_mutex());
         const auto found = all().find(number);
-        TORCH_CHECK_VALUE(
-            found != all().end(), Object::kName, " must be the number of a ", Object::kName,
-            "; got ", number);
+        if (found == all().end()) return {};
         return c10::intrusive_ptr<Object>::reclaim_copy(static_cast<Object*>(found->second));
+    }
+
+    // The object of a number, which must be there.
+    static c10::intrusive_ptr<Object> of(std::int64_t number) {
+        auto found = find(number);
+        TORCH_CHECK_VALUE(
+            found, Object::kName, " must be the number of a ", Object::kName, "; got ", number);
+        return found;
     }
 
  protected:

@@ -103,10 +103,11 @@ class SODALinear : public torch::autograd::Function<SODALinear> {
         std::int64_t pool;
         std::int64_t first;
         at::TensorList factors;
+        // U R, if U is rotated here. Not an output: compiled autograd takes none without gradient.
+        std::vector<Tensor>& made;
     };
 
-    // y and, if U was rotated here, U R.
-    static variable_list forward(
+    static Tensor forward(
         AutogradContext* ctx, const Tensor& x, const Tensor& offset, const Tensor& token,
         const Optional& bias, const Frozen& given) {
         std::vector<Tensor> found;
@@ -117,17 +118,14 @@ class SODALinear : public torch::autograd::Function<SODALinear> {
                 x, given.scale, given.left, given.right, bias, given.rotated, given.on_tokens,
                 given.factors);
         }
-        variable_list results{found[0]};
-        if (found.size() > 2) results.push_back(found[2]);
-        if (found.size() > 2) ctx->mark_non_differentiable({results[1]});
+        if (found.size() > 2) given.made.push_back(found[2]);
         ctx->set_materialize_grads(false);
 
         // What somebody keeps is not among what a checkpoint counts: there may be a keeper by the
         // time it recomputes.
         Tensor rotated;
         if (given.keep && !given.on_tokens) {
-            rotated = found.size() > 2 ? results[1] : or_none(given.rotated);
-            if (rotated.defined()) rotated = rotated.detach();
+            rotated = given.made.empty() ? or_none(given.rotated) : given.made[0];
         }
         auto& data = ctx->saved_data;
         data["rotated"] = optional(rotated);
@@ -143,7 +141,7 @@ class SODALinear : public torch::autograd::Function<SODALinear> {
             given.left, given.right};
         saved.insert(saved.end(), given.factors.begin(), given.factors.end());
         ctx->save_for_backward(std::move(saved));
-        return results;
+        return found[0];
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -202,10 +200,13 @@ std::vector<Tensor> soda_linear(
     const Optional& bias, const Optional& rotated, bool on_tokens, bool recompute, bool keep,
     const Tensor& offset, const Tensor& token, std::int64_t pool, std::int64_t first,
     at::TensorList factors) {
-    return SODALinear::apply(
+    std::vector<Tensor> results(1), made;
+    results[0] = SODALinear::apply(
         x, offset, token, bias,
         SODALinear::Frozen{
-            scale, left, right, rotated, on_tokens, recompute, keep, pool, first, factors});
+            scale, left, right, rotated, on_tokens, recompute, keep, pool, first, factors, made});
+    results.insert(results.end(), made.begin(), made.end());
+    return results;
 }
 
 // --- SODA, svd left, merged: MergedLinearFunction
@@ -241,34 +242,31 @@ class MergedLinear : public torch::autograd::Function<MergedLinear> {
         std::int64_t pool;
         std::int64_t first;
         at::TensorList factors;
+        std::vector<Tensor>& made;  // W' and U R, as far as they are built here
     };
 
-    // y and, as far as they were built here, W' and U R.
-    static variable_list forward(
+    static Tensor forward(
         AutogradContext* ctx, const Tensor& x, const Tensor& offset, const Tensor& token,
         const Optional& base, const Optional& bias, const Frozen& given) {
-        variable_list results(1);
-        Tensor weight = or_none(given.weight), rotated = or_none(given.rotated);
+        Tensor y, weight = or_none(given.weight), rotated = or_none(given.rotated);
         {
             const at::AutoDispatchBelowADInplaceOrView below;
             if (!weight.defined()) {
                 const bool is_known = rotated.defined();
                 if (!is_known) rotated = rotated_basis(given.basis.left, given.factors);
                 weight = merged_weight(rotated, given.basis, x.scalar_type());
-                results.push_back(weight);
-                if (!is_known) results.push_back(rotated);
+                given.made.push_back(weight);
+                if (!is_known) given.made.push_back(rotated);
             }
-            results[0] = at::linear(x, weight, bias);
+            y = at::linear(x, weight, bias);
         }
-        ctx->mark_non_differentiable({results.begin() + 1, results.end()});
         ctx->set_materialize_grads(false);
         auto& data = ctx->saved_data;
         GradientPool::of(given.pool);  // there must be one
         data["pool"] = given.pool;
         data["first"] = given.first;
-        if (given.gradient.has_value()) {
-            data["gradient"] = KeptGradient::of(*given.gradient);
-        }
+        if (given.gradient.has_value()) KeptGradient::of(*given.gradient);
+        data["gradient"] = given.gradient.value_or(-1);
         data["bias"] = static_cast<std::int64_t>(
             bias.has_value() ? bias->scalar_type() : at::ScalarType::Undefined);
         data["offset"] = static_cast<std::int64_t>(offset.scalar_type());
@@ -278,7 +276,7 @@ class MergedLinear : public torch::autograd::Function<MergedLinear> {
                             basis.right, or_none(base), weight,     rotated};
         saved.insert(saved.end(), given.factors.begin(), given.factors.end());
         ctx->save_for_backward(std::move(saved));
-        return results;
+        return y;
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -320,9 +318,10 @@ class MergedLinear : public torch::autograd::Function<MergedLinear> {
             weight_grad = flat.mT().matmul(x.reshape({-1, x.size(-1)}));
         }
         if (needs_base) results[3] = weight_grad.to(base->scalar_type());
-        if (needs_sums && data.count("gradient") > 0) {
-            const auto kept = data["gradient"].toCustomClass<KeptGradient>();
-            weight_grad = or_none(kept->pass_on(weight_grad));
+        if (needs_sums) {
+            // Without its keeper there is nothing that waits, and nobody to wait for.
+            const auto kept = KeptGradient::find(data["gradient"].toInt());
+            if (kept) weight_grad = or_none(kept->pass_on(weight_grad));
         }
         if (!rotated.defined()) rotated = rotated_basis(left, factors);
         if (needs_x) {
@@ -376,9 +375,13 @@ std::vector<Tensor> merged_linear(
     const Tensor& offset, const Tensor& token, std::int64_t pool, std::int64_t first,
     at::TensorList factors) {
     const MergedLinear::Basis basis{scale, left, singular_values, right, base};
-    return MergedLinear::apply(
+    std::vector<Tensor> results(1), made;
+    results[0] = MergedLinear::apply(
         x, offset, token, base, bias,
-        MergedLinear::Frozen{basis, weight, rotated, gradient, recompute, pool, first, factors});
+        MergedLinear::Frozen{
+            basis, weight, rotated, gradient, recompute, pool, first, factors, made});
+    results.insert(results.end(), made.begin(), made.end());
+    return results;
 }
 
 // --- A and R: SpectralALinearFunction and SpectralRLinearFunction

@@ -144,6 +144,18 @@ def test_nodes_keep_the_rules_of_the_graph(name):
             y.sum().backward()
 
 
+@pytest.mark.parametrize("name", NODES)
+def test_compiled_autograd_takes_nodes(name):
+    layer, x = node_layer(name), torch.randn(5, 12)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(layer(x).square().sum(), trained)
+    loss = layer(x).square().sum()
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(trained, expected, strict=True))
+
+
 def test_a_pool_that_is_not_there():
     layer = node_layer("soda")
     x, basis, token = torch.randn(5, 12), layer.basis, torch.empty(0)

@@ -25,9 +25,8 @@ from unet_providers import adapted_shapes
 
 from spectral_adapters.autograd import (
     GradientPool,
-    SharedCayleyFunction,
     apply,
-    gradient_pool,
+    share_rotations,
 )
 from spectral_adapters.factors import PUBLISHED_FACTORS, balanced_factors
 from spectral_adapters.functional import cayley, cayley_factors
@@ -200,8 +199,7 @@ def ours_in_a_model(problem: CayleyModelProblem) -> Candidate:
     def step() -> Tensors:
         with torch.no_grad():
             rotations = torch.ops.spectral.cayley_fwd([p.detach() for p in packed], sizes)
-        pool = gradient_pool(len(packed))
-        token = apply(SharedCayleyFunction, pool, rotations, *packed)
+        token, pool = share_rotations(rotations, packed)
         end = apply(_Gradients, token, pool, grads)
         return [*rotations, *torch.autograd.grad(end, packed)]
 

@@ -101,6 +101,21 @@ class GradientPool : public Numbered<GradientPool> {
         }
     }
 
+    // The rotations whose gradients these are, if the node behind the token is the extension's.
+    // They are nothing that it saves: it may run backward several times, a checkpoint counts
+    // nothing of it, and compiled autograd takes no list of tensors.
+    std::vector<at::Tensor> rotations() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return rotations_;
+    }
+    void set_rotations(std::vector<at::Tensor> rotations) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        TORCH_CHECK_VALUE(
+            rotations.size() == sums_.size(), "rotations must hold ", sums_.size(),
+            " tensors, as many as the pool was made for; got ", rotations.size());
+        rotations_ = std::move(rotations);
+    }
+
     std::vector<Optional> take() {
         const std::lock_guard<std::mutex> lock(mutex_);
         std::vector<Optional> sums(sums_.size());
@@ -113,6 +128,7 @@ class GradientPool : public Numbered<GradientPool> {
 
  private:
     std::mutex mutex_;
+    std::vector<at::Tensor> rotations_;
     std::vector<Optional> sums_;
     std::int64_t pass_ = -1;
 };

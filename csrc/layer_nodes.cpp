@@ -3,9 +3,9 @@
 // takes longer than all the products of a small layer.
 //
 // `spectral_nodes::GradientPool` takes the gradients of a model's rotations to the one node that
-// all layers share, `KeptGradient` holds back those of merged weights, and
-// `spectral_nodes::soda_linear`, `merged_linear`, `spectral_a_linear` and `spectral_r_linear` are
-// the layers. Once differentiable; what is frozen has no gradient.
+// all layers share, which is `shared_cayley`, `KeptGradient` holds back those of merged weights,
+// and `spectral_nodes::soda_linear`, `merged_linear`, `spectral_a_linear` and `spectral_r_linear`
+// are the layers. Once differentiable; what is frozen has no gradient.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -79,6 +79,72 @@ auto raw_op(const char* name) {
 
 Tensor bias_gradient(const Tensor& grad, at::ScalarType type) {
     return grad.reshape({-1, grad.size(-1)}).sum(0).to(type);
+}
+
+// --- The rotations of a model: SharedCayleyFunction
+
+using CayleyBackward = std::vector<Tensor>(at::TensorList, at::TensorList);
+
+class SharedCayley : public torch::autograd::Function<SharedCayley> {
+ public:
+    struct Known {
+        std::int64_t pool;
+        at::TensorList rotations;
+    };
+
+    static Tensor forward(AutogradContext* ctx, at::TensorList packed, const Known& given) {
+        const Tensor token = at::empty({0}, given.rotations[0].options());
+        ctx->set_materialize_grads(false);
+        const auto pool = GradientPool::of(given.pool);
+        pool->set_rotations(given.rotations.vec());
+        auto& data = ctx->saved_data;
+        data["pool"] = given.pool;
+        data["owner"] = owner(pool);
+        std::vector<std::int64_t> types;
+        for (const Tensor& values : packed) {
+            types.push_back(static_cast<std::int64_t>(values.scalar_type()));
+        }
+        data["types"] = std::move(types);
+        return token;
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list&) {
+        const InsideNode inside;
+        auto& data = ctx->saved_data;
+        const auto pool = GradientPool::of(data["pool"].toInt());
+        const std::vector<std::int64_t> types = data["types"].toIntVector();
+        const std::vector<Tensor> rotations = pool->rotations();
+        const std::vector<Optional> sums = pool->take();
+        std::vector<std::size_t> wanted;
+        std::vector<Tensor> grads, turns;
+        for (std::size_t i = 0; i < sums.size(); ++i) {
+            if (!sums[i].has_value() || !ctx->needs_input_grad(i)) continue;
+            wanted.push_back(i);
+            grads.push_back(*sums[i]);
+            turns.push_back(rotations[i]);
+        }
+        static const auto op = raw_op<CayleyBackward>("spectral::cayley_bwd");
+        const std::vector<Tensor> found = op.call(grads, turns);
+        variable_list results(rotations.size() + 1);
+        for (std::size_t k = 0; k < wanted.size(); ++k) {
+            results[wanted[k]] = found[k].to(static_cast<at::ScalarType>(types[wanted[k]]));
+        }
+        return results;
+    }
+
+ private:
+    // The pool lives as long as the node. A tensor, since compiled autograd takes no objects.
+    static Tensor owner(const c10::intrusive_ptr<GradientPool>& pool) {
+        return at::from_blob(pool.get(), {0}, [pool](void*) {}, at::kByte);
+    }
+};
+
+Tensor shared_cayley(std::int64_t pool, at::TensorList rotations, at::TensorList packed) {
+    TORCH_CHECK_VALUE(
+        !packed.empty() && packed.size() == rotations.size(),
+        "packed must hold one tensor for each of the ", rotations.size(),
+        " rotations, and at least one; got ", packed.size());
+    return SharedCayley::apply(packed, SharedCayley::Known{pool, rotations});
 }
 
 // --- SODA, svd left: SODALinearFunction
@@ -561,6 +627,9 @@ TORCH_LIBRARY(spectral_nodes, m) {
     const auto define = [&](const char* schema, auto function) {
         m.def(schema, torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, function));
     };
+    define(
+        "shared_cayley(int pool, Tensor[] rotations, Tensor[] packed) -> Tensor",
+        &spectral::shared_cayley);
     define(
         "soda_linear(Tensor x, Tensor scale, Tensor left, Tensor right, Tensor? bias, "
         "Tensor? rotated, bool on_tokens, bool recompute, bool keep, Tensor offset, Tensor token, "

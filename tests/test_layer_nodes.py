@@ -4,7 +4,14 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from spectral_adapters import SODALinear, SpectralAdapterALinear, SpectralAdapterRLinear, functional
+from spectral_adapters import (
+    SODALinear,
+    SpectralAdapterALinear,
+    SpectralAdapterRLinear,
+    autograd,
+    functional,
+)
+from spectral_adapters.functional import cayley_factors
 from spectral_adapters.peft import SODAConfig, SpectralAdapterRConfig
 from spectral_adapters.rotation_bank import RotationBank
 
@@ -165,3 +172,69 @@ def test_a_pool_that_is_not_there():
             *(x, basis.singular_values, basis.left, basis.right, None, None, True, False, False),
             *(layer.delta, token, 123456789, 0, factors),
         )
+
+
+class Gives(torch.autograd.Function):
+    """A layer whose rotations' gradients are given."""
+
+    @staticmethod
+    def forward(ctx, token, pool, grads):
+        ctx.pool, ctx.grads = pool, grads
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        ctx.pool.add(0, ctx.grads)
+        return None, None, None
+
+
+def test_the_node_of_a_models_rotations(monkeypatch):
+    """To the bit what the Function does, in the parameters' dtypes, and as often as asked."""
+    torch.manual_seed(0)
+    sizes, dtypes = [3, 5, 2], [torch.float32, torch.bfloat16, torch.float32]
+    packed = [torch.randn(n * (n - 1) // 2).to(d) for n, d in zip(sizes, dtypes, strict=True)]
+    trained = [values.requires_grad_() for values in packed[:2]]
+    with torch.no_grad():
+        rotations = cayley_factors(packed, sizes)
+    grads = [torch.randn(n, n) for n in sizes]
+    found = []
+    for name in ("SharedCayley>", "SharedCayleyFunctionBackward"):
+        token, pool = autograd.share_rotations(rotations, packed)
+        assert token.shape == (0,) and name in token.grad_fn.name()
+        end = Gives.apply(token, pool, grads)
+        found += [torch.autograd.grad(end, trained, retain_graph=True) for _ in range(2)]
+        monkeypatch.setattr(autograd, "gradient_pool", autograd.GradientPool)
+    for result in found:
+        assert [grad.dtype for grad in result] == dtypes[:2]
+        assert all(map(torch.equal, result, found[0]))
+        assert all(grad.any() for grad in result)
+
+
+def test_the_node_of_a_models_rotations_keeps_the_pool():
+    layer = node_layer("soda")
+    x, basis = torch.randn(5, 12), layer.basis
+    packed = [torch.zeros(n * (n - 1) // 2, requires_grad=True) for n in layer.factor_sizes]
+    factors = [torch.eye(n) for n in layer.factor_sizes]
+    token, pool = autograd.share_rotations(factors, packed)
+    number = pool.number
+    y, *_ = torch.ops.spectral_nodes.soda_linear(
+        *(x, basis.singular_values, basis.left, basis.right, None, None, True, False, False),
+        *(layer.delta, token, number, 0, factors),
+    )
+    del pool, token
+    y.sum().backward()
+    assert all(values.grad.any() for values in packed)
+    del y
+    with pytest.raises(ValueError, match=f"pool must be the number of a pool; got {number}"):
+        torch.ops.spectral_nodes.shared_cayley(number, factors, packed)
+
+
+def test_bad_input_for_the_node_of_a_models_rotations():
+    packed, pool = [torch.zeros(3, requires_grad=True)], autograd.gradient_pool(2)
+    shared_cayley = torch.ops.spectral_nodes.shared_cayley
+    with pytest.raises(ValueError, match="packed must hold one tensor for each of the 0 rotations"):
+        shared_cayley(pool.number, [], [])
+    with pytest.raises(ValueError, match=r"packed must hold one .* of the 2 rotations.*; got 1"):
+        shared_cayley(pool.number, [torch.eye(3)] * 2, packed)
+    with pytest.raises(ValueError, match=r"rotations must hold 2 tensors.*; got 1"):
+        shared_cayley(pool.number, [torch.eye(3)], packed)

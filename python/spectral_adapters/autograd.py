@@ -284,6 +284,21 @@ class SharedCayleyFunction(torch.autograd.Function):
         return None, None, *cast
 
 
+def share_rotations(
+    rotations: Sequence[Tensor], packed: Sequence[Tensor]
+) -> tuple[Tensor, GradientPool]:
+    """:class:`SharedCayleyFunction` for eager code: its token, and an empty pool.
+
+    Args:
+        rotations: [n_i, n_i], computed from the packed parameters, without a gradient.
+        packed: [n_i(n_i-1)/2] each.
+    """
+    pool = gradient_pool(len(packed))
+    if pool.number is None:
+        return apply(SharedCayleyFunction, pool, list(rotations), *packed), pool
+    return _node("shared_cayley")(pool.number, rotations, packed), pool
+
+
 class LayerRotationsFunction(torch.autograd.Function):
     """Rotations [n_i, n_i] of one layer with a gradient that goes to the model's shared node.
 

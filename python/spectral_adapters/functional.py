@@ -99,7 +99,7 @@ class FoldedBasis:
         self._spectrum: Tensor | None = None
         self._terms: tuple[Tensor, Tensor, int] | None = None
         self._sources: tuple[Tensor | None, ...] = (None, None, None)
-        self._marks: list[tuple[int, int] | None] = []
+        self._marks: list[int | None] = []
         self._layouts: list[Any] = []
 
     def forget(self) -> None:
@@ -124,10 +124,9 @@ class FoldedBasis:
         """Forget everything that was made from another basis or base weight than these, and what
         was made in inference mode and cannot be used for training."""
         sources = (basis.left, basis.right, base_weight)
-        marks = [_mark(tensor) for tensor in sources]
+        marks = _marks(sources)
         if marks != self._marks or not all(map(is_, sources, self._sources)):
-            self._forget_others(sources)
-            self._marks = marks
+            self._forget_others(sources, marks)
         if (self.rotated is None and self.weight is None) or torch.is_inference_mode_enabled():
             return
         for name in ("rotated", "weight"):
@@ -135,7 +134,7 @@ class FoldedBasis:
             if kept is not None and kept.is_inference():
                 setattr(self, name, None)
 
-    def _forget_others(self, sources: tuple[Tensor | None, ...]) -> None:
+    def _forget_others(self, sources: tuple[Tensor | None, ...], marks: list[int | None]) -> None:
         """Forget what was made from other tensors than these or views of the same numbers.
 
         Held, so that no other tensor comes to lie where they are.
@@ -143,10 +142,9 @@ class FoldedBasis:
         layouts: list[Any] = [
             None if t is None else (t.shape, t.stride(), t.dtype) for t in sources
         ]
-        marks = [_mark(tensor) for tensor in sources]
         if marks != self._marks or layouts != self._layouts:
             self.rotated = self.weight = None
-        self._sources, self._layouts = sources, layouts
+        self._sources, self._layouts, self._marks = sources, layouts, marks
 
 
 @torch.no_grad()
@@ -187,11 +185,15 @@ class SODATerms(NamedTuple):
     shared: SharedRotations | None = None
 
 
-def _mark(tensor: Tensor | None) -> tuple[int, int] | None:
-    """Changes with the numbers of a tensor, as far as autograd is told."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _marks(tensors: Iterable[Tensor | None]) -> list[int | None]:
+    """What changes with the numbers of tensors, as far as autograd is told."""
+    marks: list[int | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            marks.append(None)
+        else:
+            marks += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+    return marks
 
 
 @overload
@@ -418,7 +420,7 @@ def adapted_product(
     is_autocast = autocast_is_on(x.device.type)
     out_dtype, work_dtype = basis_dtypes(x, basis, is_autocast)
     out_features, in_features = basis.left.shape[0], basis.right.shape[1]
-    sizes = None if factors is None else tuple(factor.shape[0] for factor in factors)
+    sizes = None if factors is None else tuple([factor.shape[0] for factor in factors])
     training = torch.is_grad_enabled()
     trained = spectrum if offset is None else offset
     fixed_spectrum = folded is not None and not (training and trained.requires_grad)
@@ -1034,4 +1036,6 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def autocast_is_on(device_type: str) -> bool:
     """Whether products on this type of device change their dtypes; also for those without it."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False  # what is asked for at every forward pass, in one call
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from spectral_adapters.autograd import (
     Deferral,
     LayerRotationsFunction,
-    SharedCayleyFunction,
     SharedRotations,
     apply,
-    gradient_pool,
     kept_gradient,
+    share_rotations,
 )
 from spectral_adapters.functional import (
     FoldedBasis,
@@ -545,8 +544,7 @@ def _shared(entries: list[_Entry]) -> list[SharedRotations]:
     """One node of the graph for the rotations of these entries, and each entry's place in it."""
     packed = [p for entry in entries for p in entry.slot.rotation]
     values = [value for entry in entries for value in entry.values]
-    pool = gradient_pool(len(packed))
-    token = apply(SharedCayleyFunction, pool, values, *packed)
+    token, pool = share_rotations(values, packed)
     firsts = accumulate((len(entry.values) for entry in entries), initial=0)
     return [SharedRotations(token, pool, first) for _, first in zip(entries, firsts, strict=False)]
 
@@ -565,8 +563,7 @@ def _alone(slot: RotationSlot) -> BankedRotation | None:
         return None
     with torch.no_grad():
         values = tuple(cayley_factors(packed, slot.sizes))
-    pool = gradient_pool(len(packed))
-    token = apply(SharedCayleyFunction, pool, list(values), *packed)
+    token, pool = share_rotations(values, packed)
     return BankedRotation(values, SharedRotations(token, pool, 0), None)
 
 

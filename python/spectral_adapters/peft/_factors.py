@@ -228,10 +228,11 @@ class FrozenFactors(nn.Module):
         """The factorisation on ``device``; it stays there. Made dense if it is quantised."""
         if self.quantization is not None:
             return self.quantized_on(device).dequantized()
-        assert isinstance(self.basis, SpectralBasis)
-        if self.basis.left.device != device:
-            self.basis = _map(lambda factor: factor.to(device), self.basis)
-        return self.basis
+        basis = self.basis
+        assert isinstance(basis, SpectralBasis)
+        if basis.left.device != device:
+            self.basis = basis = _map(lambda factor: factor.to(device), basis)
+        return basis
 
     def quantized_on(self, device: torch.device) -> QuantizedBasis:
         """The quantised factorisation on ``device``; it stays there."""

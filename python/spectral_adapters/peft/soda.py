@@ -369,8 +369,9 @@ class Linear(SpectralLinear, SODALayer):
     def _adapted_forward(
         self, x: Tensor, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        active = [name for name in adapters if name in self.configs]
-        if not active or any(self._quantization(self.configs[name]) is None for name in active):
+        configs = self.configs
+        active = [name for name in adapters if name in configs]
+        if not active or not all(configs[n].basis_dtype in QUANTIZED_DTYPES for n in active):
             return super()._adapted_forward(x, adapters, args, kwargs)
         y = self._base_product(x, args, kwargs)
         for name in active:

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from spectral_adapters.cli import main
-from spectral_adapters.compare import runner, tasks
+from spectral_adapters.compare import cells, costs, runner, tasks
+from spectral_adapters.compare.cells import cells_of
 from spectral_adapters.compare.methods import (
     BASE,
     FULL,
@@ -34,9 +35,9 @@ from spectral_adapters.compare.methods import (
     tune,
 )
 from spectral_adapters.compare.plan import read_plan
-from spectral_adapters.compare.records import append_record, key_of, read_records
+from spectral_adapters.compare.records import SWEEP_SEED, append_record, key_of, read_records
 from spectral_adapters.compare.report import BEGIN, END, results_of, write_report
-from spectral_adapters.compare.runner import SWEEP_SEED, cells_of, run_cell
+from spectral_adapters.compare.runner import run_cell
 from spectral_adapters.compare.tasks import style, supersenses
 from spectral_adapters.compare.tasks._task import Metric, Task, fit, linear_shapes, rate_factor
 from spectral_adapters.compare.tasks.style import weight_changes, with_changes
@@ -112,12 +113,12 @@ def toy(monkeypatch):
         return made.setdefault("task", Toy(**options))
 
     monkeypatch.setitem(tasks.TASKS, "toy", ("", ""))
-    monkeypatch.setattr(runner, "make_task", make)
+    monkeypatch.setattr(cells, "make_task", make)
     for module in ("spectral_adapters.compare.tasks", "spectral_adapters.compare.report"):
         monkeypatch.setattr(f"{module}.task_class", lambda kind: Toy)
-    runner._task.cache_clear()
+    cells._task.cache_clear()
     yield made
-    runner._task.cache_clear()
+    cells._task.cache_clear()
 
 
 def plan_file(folder, **entries):
@@ -305,7 +306,7 @@ def test_other_settings_are_other_runs(toy, tmp_path):
     run_cell(cells_of(first)[0], first.rates, tmp_path)
     count = len(read_records(tmp_path))
     toy.clear()
-    runner._task.cache_clear()
+    cells._task.cache_clear()
     second = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600], options={"steps": 5}))
     assert run_cell(cells_of(second)[0], second.rates, tmp_path)[1] == count
     write_report(second, tmp_path, tmp_path / "results.md")  # of the second alone
@@ -333,25 +334,31 @@ def test_no_time_left_starts_nothing(toy, tmp_path):
     assert read_records(tmp_path) == []
 
 
-def test_the_whole_comparison_and_its_report(toy, tmp_path, monkeypatch):
-    class Here:
-        """Processes would not know the toy task."""
+class Here:
+    """In the place of a pool of processes, which would not know the toy task."""
 
-        def __init__(self, *_):
-            pass
+    def __init__(self, *_):
+        pass
 
-        def __enter__(self):
-            return self
+    def __enter__(self):
+        return self
 
-        def __exit__(self, *_):
-            pass
+    def __exit__(self, *_):
+        pass
 
-        def submit(self, function, *arguments):
-            future = Future()
-            future.set_result(function(*arguments))
-            return future
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
 
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
+
+@pytest.fixture
+def without_processes(monkeypatch):
+    for module in (runner, costs):
+        monkeypatch.setattr(module, "ProcessPoolExecutor", Here)
+
+
+def test_the_whole_comparison_and_its_report(toy, tmp_path, without_processes):
     place = plan_file(
         tmp_path, methods=[BASE, "soda", "lora", "svdiff", FULL], budgets=[600, 20_000]
     )
@@ -384,14 +391,90 @@ def test_the_whole_comparison_and_its_report(toy, tmp_path, monkeypatch):
     assert len(read_records(tmp_path / "out")) == len(records)
 
 
+#: Methods that the toy task has costs of.
+LASTING = ("soda", "lora", FULL)
+
+
+def test_costs_are_those_of_one_run(toy, tmp_path, without_processes, monkeypatch, capsys):
+    cost = {"task": "toy", "budget": 600, "steps": 2, "rounds": 3}
+
+    def plan_with(methods):
+        place = plan_file(tmp_path, methods=methods, budgets=[600])
+        place.write_text(yaml.safe_dump({**yaml.safe_load(place.read_text()), "cost": cost}))
+        return place
+
+    timed = iter(range(1, 1000))
+
+    def measured(cell, steps):
+        if cell.method == "svdiff":
+            return {"trained": None}
+        seconds = {"setup": 1.0, "step": next(timed)}
+        return {"trained": 600, "seconds": seconds, "memory": 0, "bytes": 0, "steps": steps}
+
+    monkeypatch.setattr(costs, "measure_cost", measured)
+    out, place = tmp_path / "out", plan_with([BASE, "soda", "lora", "svdiff", FULL])
+    report = tmp_path / "results.md"
+    # Of a time when methods were measured one by one, and of another budget.
+    old = {"task": "toy", "digest": read_plan(place).tasks["toy"].digest, "kind": "cost"}
+    old |= {"rate": None, "seed": 0, **measured(cells_of(read_plan(place))[1], 2)}
+    out.mkdir()
+    append_record(out, {**old, "method": "soda", "budget": 600})
+    append_record(out, {**old, "method": "soda", "budget": 700, "run": "9999"})
+    assert costs.newest_costs(read_plan(place), read_records(out)) == []
+
+    arguments = ["compare", str(place), "--output", str(out), "--report", str(report)]
+    assert main([*arguments, "--costs"]) == 0
+    assert "round 3 of 3" in capsys.readouterr().out
+    found = {r["method"]: r for r in costs.newest_costs(read_plan(place), read_records(out))}
+    assert set(found) == {"soda", "lora", "svdiff", FULL} and found["svdiff"]["trained"] is None
+    assert len({r["run"] for r in found.values()}) == 1
+    for method in LASTING:
+        steps = found[method]["seconds"]["steps"]
+        assert len(steps) == 3 and found[method]["seconds"]["step"] == sorted(steps)[1]
+    # Methods take turns, in an order that changes.
+    turns = sorted(
+        (step, m) for m in found for step in found[m].get("seconds", {"steps": []})["steps"]
+    )
+    rounds = [[m for _, m in turns[i : i + 3]] for i in (0, 3, 6)]
+    assert all(sorted(one) == sorted(LASTING) for one in rounds)
+    assert not rounds[0] == rounds[1] == rounds[2]
+    text = report.read_text()
+    assert "3 rounds in one run" in text and "| LoRA | 600 |" in text and "SVDiff" not in text
+
+    assert costs.are_measured(read_plan(place), out)
+    wider = read_plan(plan_with([BASE, "soda", "lora", "svdiff", "spectral-r", FULL]))
+    assert not costs.are_measured(wider, out)
+    assert costs.measure_costs(wider, out, minutes=0.0) is False
+    assert len(costs.newest_costs(wider, read_records(out))) == 4
+
+
+@pytest.mark.parametrize(
+    ("cost", "arguments", "message"),
+    [
+        ({}, ["--methods", "lora"], "leave --methods out"),
+        (None, [], "has no entry cost"),
+        ({"rounds": 0}, [], "cost: rounds must be an int of at least 1; got 0"),
+        ({"steps": "2"}, [], "cost: steps must be an int of at least 1; got '2'"),
+    ],
+)
+def test_bad_input_for_costs(cost, arguments, message, toy, tmp_path, capsys):
+    place = plan_file(tmp_path, methods=["lora"], budgets=[600])
+    if cost is not None:
+        given = {**yaml.safe_load(place.read_text()), "cost": {"task": "toy", **cost}}
+        place.write_text(yaml.safe_dump(given))
+    command = ["compare", str(place), "--output", str(tmp_path / "out"), "--costs", *arguments]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+
+
 PARENT = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from spectral_adapters.compare.runner import _start_worker
+from spectral_adapters.compare.cells import start_worker
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _start_worker, (1,)) as pool:
+    with ProcessPoolExecutor(1, context, start_worker, (1,)) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 600)
         time.sleep(600)

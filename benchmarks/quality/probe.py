@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
+from spectral_adapters.compare.cells import Cell, load_task, start_worker
 from spectral_adapters.compare.plan import read_plan
 from spectral_adapters.compare.records import append_record, key_of, latest, read_records
-from spectral_adapters.compare.runner import Cell, _start_worker, load_task, prepare
+from spectral_adapters.compare.runner import prepare
 
 HERE = Path(__file__).parent
 
@@ -122,7 +123,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // arguments.workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context, _start_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(arguments.workers, context, start_worker, (threads,)) as pool:
         jobs = [
             pool.submit(run, cell, rate, seed, arguments.flat, arguments.output)
             for seed in task.seeds

@@ -18,9 +18,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from spectral_adapters.compare.cells import Cell
 from spectral_adapters.compare.plan import read_plan
 from spectral_adapters.compare.records import chosen_rate, latest, read_records
-from spectral_adapters.compare.runner import Cell, changes_place, is_of
+from spectral_adapters.compare.runner import changes_place, is_of
 from spectral_adapters.functional import cayley
 from spectral_adapters.optim import StiefelAdam
 from spectral_adapters.peft import (

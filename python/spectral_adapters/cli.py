@@ -476,6 +476,11 @@ def add_compare(commands: Any) -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these of the plan")
     parser.add_argument("--budgets", nargs="+", type=int, metavar="N", help="only these")
     parser.add_argument(
+        "--costs",
+        action="store_true",
+        help="measure, all in one run, what the methods cost, and nothing else; on a quiet machine",
+    )
+    parser.add_argument(
         "--report", metavar="FILE", help="write tables and plots (Markdown, PNG beside it)"
     )
     parser.set_defaults(run=run_compare, command="compare")
@@ -488,6 +493,12 @@ def run_compare(options: dict[str, Any]) -> int:
     plan, output = read_plan(options["plan"]), Path(options["output"])
     if options["workers"] < 1:
         raise UsageError(f"--workers must be at least 1; got {options['workers']}")
+    if options["costs"]:
+        if plan.cost is None:
+            raise UsageError(f"--costs: plan {options['plan']} has no entry cost")
+        for name in ("tasks", "methods", "budgets"):
+            if options[name] is not None:
+                raise UsageError(f"--costs measures all methods together; leave --{name} out")
     in_plan: dict[str, set[Any]] = {
         "tasks": set(plan.tasks),
         "methods": {method for task in plan.tasks.values() for method in task.methods},
@@ -508,8 +519,13 @@ def run_compare(options: dict[str, Any]) -> int:
             )
         chosen[name] = given
     _quieten_libraries()
+    from spectral_adapters.compare.cells import Cell
+    from spectral_adapters.compare.costs import measure_costs
     from spectral_adapters.compare.report import write_report
-    from spectral_adapters.compare.runner import Cell, compare
+    from spectral_adapters.compare.runner import compare
+
+    def say(text: str) -> None:
+        print(text, flush=True)
 
     def only(cell: Cell) -> bool:
         return (
@@ -519,14 +535,17 @@ def run_compare(options: dict[str, Any]) -> int:
         )
 
     with usage_errors():
-        finished = compare(
-            plan,
-            output,
-            workers=options["workers"],
-            minutes=options["minutes"],
-            only=only,
-            say=lambda text: print(text, flush=True),
-        )
+        if options["costs"]:
+            finished = measure_costs(plan, output, minutes=options["minutes"], say=say)
+        else:
+            finished = compare(
+                plan,
+                output,
+                workers=options["workers"],
+                minutes=options["minutes"],
+                only=only,
+                say=say,
+            )
         if options["report"] is not None:
             write_report(plan, output, Path(options["report"]))
     print(f"records: {output}" + ("" if finished else "; not finished, run it again to go on"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -338,11 +339,14 @@ def _vera_levels(shape: Shape, setting: Any) -> Iterable[Level]:
 
 
 def _vera(layers: Mapping[str, Any], setting: Any, schedule: Schedule) -> VeraConfig:
-    return VeraConfig(
-        target_modules=list(layers),
-        r=next(iter(layers.values())),
-        projection_prng_key=schedule.seed,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B")
+        return VeraConfig(
+            target_modules=list(layers),
+            r=next(iter(layers.values())),
+            projection_prng_key=schedule.seed,
+            save_projection=False,  # the seed gives it; it is no part of the adapter's file
+        )
 
 
 def _lokr_levels(shape: Shape, setting: int) -> Iterable[Level]:

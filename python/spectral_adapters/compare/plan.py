@@ -20,7 +20,7 @@ MOST_SWEEPS = 9
 
 _KEYS = {"title", "seeds", "rates", "tasks", "cost", "merge"}
 _TASK_KEYS = {"kind", "options", "methods", "budgets", "seeds", "sweeps"}
-_COST_KEYS = {"task", "budget", "steps"}
+_COST_KEYS = {"task", "budget", "steps", "rounds"}
 _MERGE_KEYS = {"subject", "style"}
 
 
@@ -64,9 +64,9 @@ def read_plan(path: str | Path) -> Plan:
     A plan has ``tasks``: by name, the ``kind`` of task (default: its name), its ``options``,
     ``methods`` (a list, or budgets by method), ``budgets`` (for methods without their own) and
     ``sweeps`` (seeds per learning rate in the search, 1 by default);
-    ``seeds``, ``rates`` (ascending); ``cost``: the task, budget and steps that time and memory are
-    measured with; ``merge``: the tasks ``subject`` and ``style`` whose results are put into one
-    model. An option ``base`` is a folder relative to the plan.
+    ``seeds``, ``rates`` (ascending); ``cost``: the task, budget, steps and rounds that time and
+    memory are measured with; ``merge``: the tasks ``subject`` and ``style`` whose results are put
+    into one model. An option ``base`` is a folder relative to the plan.
 
     Raises:
         UsageError: naming the file and the entry.
@@ -99,7 +99,12 @@ def read_plan(path: str | Path) -> Plan:
         _check_keys(f"{where}: cost", cost, _COST_KEYS)
         if cost.get("task") not in tasks:
             raise UsageError(f"{where}: cost: task must be one of {', '.join(tasks)}")
-        cost = {"budget": 20_000, "steps": 20, **cost}
+        cost = {"budget": 20_000, "steps": 20, "rounds": 3, **cost}
+        for key in sorted(_COST_KEYS - {"task"}):
+            if not isinstance(cost[key], int) or isinstance(cost[key], bool) or cost[key] < 1:
+                raise UsageError(
+                    f"{where}: cost: {key} must be an int of at least 1; got {cost[key]!r}"
+                )
     merge = given.get("merge")
     if merge is not None:
         _check_keys(f"{where}: merge", merge, _MERGE_KEYS)

@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from spectral_adapters._files import write_text
+from spectral_adapters.compare.costs import newest_costs
 from spectral_adapters.compare.methods import BASE, FULL, LABELS, METHODS
 from spectral_adapters.compare.plan import Plan, PlannedTask
 from spectral_adapters.compare.records import (
@@ -124,7 +125,7 @@ def write_report(plan: Plan, output: Path, report: Path) -> None:
         sheet = _sheet(task, results, output, images)
         if sheet:
             parts.append(sheet)
-    costs = [r for r in records if r["kind"] == "cost" and r.get("trained") is not None]
+    costs = [r for r in newest_costs(plan, records) if r["trained"] is not None]
     if costs:
         parts.append(_cost_table(plan, costs))
     _write_csv(output / "results.csv", rows)
@@ -262,26 +263,34 @@ def _merged_table(merged: Sequence[Record], metrics: Sequence[Metric]) -> str:
 def _cost_table(plan: Plan, costs: Sequence[Record]) -> str:
     assert plan.cost is not None
     order = {name: index for index, name in enumerate(LABELS)}
+    seconds = {r["method"]: r["seconds"] for r in costs}
+    lora = seconds.get("lora", {}).get("step")
     rows = [
         [
             LABELS[r["method"]],
             f"{r['trained']:,}",
-            f"{r['seconds']['step']:.3f}",
+            "{step:.3f} ({least:.3f} to {most:.3f})".format(
+                step=r["seconds"]["step"],
+                least=min(r["seconds"]["steps"]),
+                most=max(r["seconds"]["steps"]),
+            ),
+            "" if lora is None else f"{r['seconds']['step'] / lora:.2f}",
             f"{r['seconds']['setup']:.2f}",
             f"{r['memory'] / 1e6:.0f}",
             f"{r['bytes'] / 1e3:,.0f}",
         ]
         for r in sorted(costs, key=lambda r: order[r["method"]])
     ]
-    head = ["method", "trained", "s per step", "set-up, s", "memory, MB", "file, kB"]
+    head = ["method", "trained", "s per step", "of LoRA's", "set-up, s", "memory, MB", "file, kB"]
     title = task_class(plan.tasks[plan.cost["task"]].kind).title
     machine, versions = costs[0].get("machine", ""), costs[0].get("versions", {})
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         f"## Cost\n\n{title}, {plan.cost['steps']} steps of each method in a process of its own, "
-        f"one after the other ({machine}; {named}). Step: median. Set-up: decompositions and "
-        "injection, nothing cached. Memory: what the process grew by, from the loaded base model "
-        f"to the peak. File: the adapter's tensors.\n\n{_table(head, rows)}"
+        f"one after the other, {plan.cost['rounds']} rounds in one run ({costs[0]['run'][:10]}; "
+        f"{machine}; {named}). Step: median, and of the rounds the least and the most. Set-up: "
+        "decompositions and injection, nothing cached. Memory: what the process grew by, from the "
+        f"loaded base model to the peak. File: the adapter's tensors.\n\n{_table(head, rows)}"
     )
 
 

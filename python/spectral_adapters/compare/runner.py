@@ -10,22 +10,24 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import platform
-import resource
-import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from spectral_adapters.compare.methods import BASE, FULL, LABELS, Schedule, Tuned, tune
+from spectral_adapters.compare.cells import (
+    Cell,
+    cells_of,
+    load_task,
+    new_record,
+    prepare_output,
+    start_worker,
+)
+from spectral_adapters.compare.costs import are_measured, costly_cells, measure_costs
+from spectral_adapters.compare.methods import BASE, FULL, Schedule, Tuned, tune
 from spectral_adapters.compare.plan import START, Plan, PlannedTask
 from spectral_adapters.compare.records import (
     SWEEP_SEED,
@@ -38,34 +40,7 @@ from spectral_adapters.compare.records import (
     sweep_seeds,
     worth_of,
 )
-from spectral_adapters.compare.tasks import Task, make_task
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method at one budget on one task."""
-
-    task: PlannedTask
-    method: str
-    budget: int
-
-    def __str__(self) -> str:
-        size = f" at {self.budget:,}" if self.budget else ""
-        return f"{self.task.name}: {LABELS[self.method]}{size}"
-
-
-def cells_of(plan: Plan) -> list[Cell]:
-    """The cells of a plan in its order, the first budgets of all methods first."""
-    found = []
-    for task in plan.tasks.values():
-        most = max(len(budgets) for budgets in task.methods.values())
-        for index in range(most):
-            found += [
-                Cell(task, method, budgets[index])
-                for method, budgets in task.methods.items()
-                if index < len(budgets)
-            ]
-    return found
+from spectral_adapters.compare.tasks import Task
 
 
 def compare(
@@ -90,9 +65,7 @@ def compare(
     Returns:
         Whether everything asked for is on record now.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    # Read by the workers when they import tqdm and huggingface_hub.
-    os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    prepare_output(output)
     ends = math.inf if minutes is None else time.time() + 60 * minutes
     cells = [cell for cell in cells_of(plan) if only(cell)]
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -100,7 +73,7 @@ def compare(
     began = time.time()
     # A fresh process per worker: forked ones would share the parent's threads and locks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(workers, context, start_worker, (threads,)) as pool:
         jobs = {pool.submit(run_cell, cell, plan.rates, output, ends): cell for cell in cells}
         for number, job in enumerate(as_completed(jobs), 1):
             done, runs = job.result()
@@ -117,52 +90,10 @@ def compare(
             merging = [pool.submit(merge_cell, subject, style, c, output, ends) for c in pairs]
             merged = [job.result() for job in merging]
             finished = all(merged)
-    if plan.cost is not None and finished:
-        finished &= _costs(plan, output, ends, only, say)
+    if plan.cost is not None and finished and all(map(only, costly_cells(plan))):
+        left = None if minutes is None else (ends - time.time()) / 60
+        finished = are_measured(plan, output) or measure_costs(plan, output, minutes=left, say=say)
     return finished
-
-
-def _start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it has been killed, and nobody waits for it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-@cache
-def _task(name: str, kind: str, options: tuple[tuple[str, Any], ...]) -> Task:
-    return make_task(kind, dict(options))
-
-
-def load_task(task: PlannedTask) -> Task:
-    """The task with its data; the same object while a process works on it."""
-    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in task.options.items()}
-    return _task(task.name, task.kind, tuple(sorted(frozen.items())))
-
-
-def _record(cell: Cell, kind: str, rate: float | None, seed: int) -> Record:
-    """What a run is, without its results."""
-    return {
-        "task": cell.task.name,
-        "digest": cell.task.digest,
-        "method": cell.method,
-        "budget": cell.budget,
-        "kind": kind,
-        "rate": rate,
-        "seed": seed,
-    }
 
 
 class _Cell:
@@ -176,7 +107,7 @@ class _Cell:
     def run(self, kind: str, rate: float | None, seed: int) -> Record | None:
         """The record of a run, made now if need be; None if there is no time left for it."""
         cell = self.cell
-        record = _record(cell, kind, rate, seed)
+        record = new_record(cell, kind, rate, seed)
         found = self.done.get(key_of(record))
         if found is not None:
             return found
@@ -334,88 +265,6 @@ def changes_place(cell: Cell, rate: float, seed: int, output: Path) -> Path:
     return output / "changes" / cell.task.name / f"{run}.safetensors"
 
 
-def _costs(
-    plan: Plan,
-    output: Path,
-    ends: float,
-    only: Callable[[Cell], bool],
-    say: Callable[[str], None],
-) -> bool:
-    """Measure time and memory of each method, one process after the other, with all threads."""
-    assert plan.cost is not None
-    task, budget, steps = plan.tasks[plan.cost["task"]], plan.cost["budget"], plan.cost["steps"]
-    done = latest(read_records(output))
-    context = multiprocessing.get_context("spawn")
-    for method in task.methods:
-        cell = Cell(task, method, 0 if method in (BASE, FULL) else budget)
-        record = _record(cell, "cost", None, SWEEP_SEED)
-        if method == BASE or not only(cell) or key_of(record) in done:
-            continue
-        if time.time() >= ends:
-            return False
-        threads = os.cpu_count() or 1
-        with ProcessPoolExecutor(1, context, _start_worker, (threads,)) as pool:
-            measured = pool.submit(measure_cost, cell, steps).result()
-        append_record(output, {**record, **measured})
-        say(f"cost of {cell}")
-    return True
-
-
-def measure_cost(cell: Cell, steps: int) -> Record:
-    """Set-up, seconds per step, memory and file size of one method, in a process of its own.
-
-    Set-up is decomposing and injecting, without the cache of decompositions. Memory is what the
-    process grew by from the loaded base model to the peak of training.
-    """
-    from peft import get_peft_model_state_dict
-
-    os.environ["SPECTRAL_KERNELS_CACHE_LIMIT"] = "0"
-    task = load_task(cell.task)
-    task.steps = steps
-    model = task.fresh()
-    before = _resident()
-    began = time.perf_counter()
-    tuned = tune(model, cell.method, task.shapes(), cell.budget, Schedule(steps, SWEEP_SEED))
-    if tuned is None:
-        return {"trained": None}
-    setup = time.perf_counter() - began
-    trained = task.train(tuned, 1e-4, SWEEP_SEED)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    state = (
-        dict(tuned.model.state_dict())
-        if cell.method == FULL
-        else get_peft_model_state_dict(tuned.model, adapter_name="default")
-    )
-    return {
-        "trained": tuned.count,
-        "seconds": {"setup": round(setup, 3), "step": round(trained.seconds_per_step, 4)},
-        "memory": peak - before,
-        "bytes": sum(v.numel() * v.element_size() for v in state.values()),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": versions(),
-    }
-
-
-def _resident() -> int:
-    """Bytes of this process that are in memory."""
-    if not sys.platform.startswith("linux"):
-        return 0
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    import peft
-    import transformers
-
-    return {
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def merge_cell(
     subject: PlannedTask,
     style: PlannedTask,
@@ -436,7 +285,7 @@ def merge_cell(
 
     state = latest(read_records(output))
     for seed in subject.seeds:
-        record = _record(cell, "merged", None, seed)
+        record = new_record(cell, "merged", None, seed)
         runs = []
         for task in (subject, style):
             here = [r for r in state.values() if is_of(r, task, cell)]

@@ -106,6 +106,34 @@ def test_columns_are_the_same_everywhere():
     assert {max(columns_for(task, 11, 4)) for task in range(99)} == {3, 7}
 
 
+def test_random_columns_are_the_same_everywhere_and_drawn_evenly():
+    assert columns.random_columns("unet.to_q", 320, 4) == [41, 100, 255, 286]
+    assert columns.random_columns("unet.to_q", 320, 4, seed=1) == [12, 65, 220, 266]
+    assert columns.random_columns("unet.to_k", 320, 4) != [41, 100, 255, 286]
+    assert columns.random_columns("a", 7, 7) == list(range(7))
+    draws = [columns.random_columns(str(number), 10, 3) for number in range(4000)]
+    assert all(len(set(draw)) == 3 and draw == sorted(draw) for draw in draws)
+    counts = torch.bincount(torch.tensor(draws).flatten(), minlength=10)
+    # Each of ten is drawn with probability 0.3: all counts within five standard deviations.
+    assert ((counts - 1200).abs() < 5 * (4000 * 0.3 * 0.7) ** 0.5).all()
+    assert len({tuple(draw) for draw in draws}) == 120  # all that there are
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((3, 10, 2), TypeError, "name must be a str; got 3"),
+        (("a", 10, 11), ValueError, "r must be at most the rank 10; got 11"),
+        (("a", 10, 0), ValueError, "r must be at least 1; got 0"),
+    ],
+)
+def test_bad_input_for_random_columns(arguments, error, message):
+    with pytest.raises(error, match=message):
+        columns.random_columns(*arguments)
+    with pytest.raises(ValueError, match="seed must be an int of at least 0; got -1"):
+        columns.random_columns("a", 10, 2, seed=-1)
+
+
 @pytest.mark.parametrize("bias", columns.BIASES)
 def test_collisions_are_as_probable_as_stated(bias):
     blocks = [columns_for(task, 80, 8, bias=bias)[0] // 8 for task in range(6000)]

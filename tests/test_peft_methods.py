@@ -27,12 +27,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import spectral_adapters.peft  # noqa: E402
+from spectral_adapters.columns import random_columns  # noqa: E402
 from spectral_adapters.peft import (  # noqa: E402
     LiDBConfig,
     SODAConfig,
     SpectralAdapterAConfig,
     SpectralAdapterRConfig,
     SVDiffConfig,
+    adapter_columns,
     export_lora,
     merge_and_unload,
     rename_adapter,
@@ -867,6 +869,33 @@ def test_rank_pattern_and_columns():
             get_peft_model(mlp(), config(target_modules=["2"], r=9))
 
 
+@pytest.mark.parametrize("config", [SpectralAdapterAConfig, SpectralAdapterRConfig])
+def test_random_columns(config, tmp_path):
+    """Columns by the module's name and the seed, the same when an adapter is loaded."""
+    options = {"target_modules": ["0", "2"], "columns": "random", "r": 3}
+    model = get_peft_model(mlp(), config(**options, rank_pattern={"2": 5}, init_weights=False))
+    found = adapter_columns(model)
+    assert found["0"] == tuple(random_columns("0", min(mlp()[0].weight.shape), 3))
+    assert found["2"] == tuple(random_columns("2", 8, 5))
+    values = torch.linalg.svdvals(mlp()[2].weight)[list(found["2"])]
+    basis = layers(model)[1]._factors["default"].basis
+    torch.testing.assert_close(basis.singular_values, values)
+    other = get_peft_model(mlp(), config(**options, seed=1))
+    assert adapter_columns(other) != adapter_columns(get_peft_model(mlp(), config(**options)))
+    listed = config(target_modules=["0"], columns="random", columns_pattern={"0": [4, 1]})
+    model.add_adapter("listed", listed)
+    assert adapter_columns(model, "listed") == {"0": (4, 1)}
+
+    x = torch.randn(5, mlp()[0].in_features)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(mlp(), tmp_path)
+    assert torch.equal(loaded(x), model(x)) and not torch.equal(loaded(x), mlp()(x))
+    if config is SpectralAdapterAConfig:
+        assert spectral_adapters.peft.saved_columns(tmp_path) == found
+    with pytest.raises(ValueError, match=r"0: r \+ offset must be at most the rank"):
+        get_peft_model(mlp(), config(target_modules=["0"], columns="random", r=99))
+
+
 @pytest.mark.parametrize(
     ("config", "options", "error", "message"),
     [
@@ -874,6 +903,15 @@ def test_rank_pattern_and_columns():
         (SpectralAdapterAConfig, {"columns": "left"}, ValueError, "columns must be one of 'top'"),
         (SpectralAdapterAConfig, {"columns": [1, 1]}, ValueError, "columns must hold different"),
         (SpectralAdapterAConfig, {"columns": 3}, TypeError, "columns must be one of 'top'.*got 3"),
+        (SpectralAdapterAConfig, {"columns": "left"}, ValueError, "'bottom', 'random'; got 'left'"),
+        (
+            SpectralAdapterAConfig,
+            {"columns": "random", "offset": 1},
+            ValueError,
+            "offset must be 0 with columns='random'; got 1",
+        ),
+        (SpectralAdapterRConfig, {"seed": -1}, ValueError, "seed must be an int of at least 0"),
+        (SpectralAdapterAConfig, {"columns": "random", "r": 0}, ValueError, "r must be an int"),
         (SpectralAdapterAConfig, {"columns": [0, "1"]}, TypeError, "columns must hold ints"),
         (SpectralAdapterAConfig, {"r": "8"}, ValueError, "r must be an int of at least 1"),
         (SpectralAdapterAConfig, {"offset": -1}, ValueError, "offset must be an int of at least 0"),

@@ -49,14 +49,48 @@ def columns_for(task: str | int, rank: int, r: int, *, bias: str = "top") -> lis
     if isinstance(task, bool) or not isinstance(task, (str, int)):
         raise TypeError(f"task must be a str or an int; got {task!r}")
     weights = _block_weights(rank, r, bias)
-    seed = int.from_bytes(hashlib.sha256(str(task).encode()).digest()[:8], "big")
-    # Multiply and shift: an integer below the sum of the weights, uniform to 2**-64.
-    remaining = (seed * sum(weights)) >> 64
+    remaining = _draw(str(task), sum(weights))
     block = 0
     while remaining >= weights[block]:
         remaining -= weights[block]
         block += 1
     return list(range(block * r, (block + 1) * r))
+
+
+def random_columns(name: str, rank: int, r: int, *, seed: int = 0) -> list[int]:
+    """r different columns drawn evenly from all, by a name: what ``columns="random"`` takes.
+
+    Like :func:`columns_for` by SHA-256 and integer arithmetic: the same on every machine and
+    version.
+
+    Args:
+        name: of the layer; every name is a draw of its own.
+        rank: of the weight, min(out, in).
+        r: number of columns.
+        seed: of the draw, at least 0.
+
+    Returns:
+        The columns, ascending.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str; got {name!r}")
+    _check_columns(rank, r)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an int of at least 0; got {seed!r}")
+    # The first r places of a shuffle, of which only what was moved is kept.
+    moved: dict[int, int] = {}
+    drawn = []
+    for place in range(r):
+        number = int.from_bytes(
+            hashlib.sha256(f"{seed}/{place}/{name}".encode()).digest()[:8], "big"
+        )
+        other = place + ((number * (rank - place)) >> 64)
+        drawn.append(moved.get(other, other))
+        moved[other] = moved.get(place, place)
+    return sorted(drawn)
 
 
 def collision_probability(rank: int, r: int, tasks: int = 2, *, bias: str = "top") -> float:
@@ -85,13 +119,23 @@ def collision_probability(rank: int, r: int, tasks: int = 2, *, bias: str = "top
 
 
 def _block_weights(rank: int, r: int, bias: str) -> list[int]:
-    _check_positive("rank", rank)
-    _check_positive("r", r)
+    _check_columns(rank, r)
     check_choice("bias", bias, BIASES)
-    if r > rank:
-        raise ValueError(f"r must be at most the rank {rank}; got {r}")
     count = rank // r
     return [count - block if bias == "top" else 1 for block in range(count)]
+
+
+def _draw(text: str, below: int) -> int:
+    """An integer from 0 to ``below`` - 1 that a text decides, uniform to 2**-64."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return (number * below) >> 64
+
+
+def _check_columns(rank: Any, r: Any) -> None:
+    _check_positive("rank", rank)
+    _check_positive("r", r)
+    if r > rank:
+        raise ValueError(f"r must be at most the rank {rank}; got {r}")
 
 
 def _check_positive(argument: str, value: Any) -> None:

@@ -13,8 +13,10 @@ from safetensors import safe_open
 from torch import nn
 
 from spectral_adapters._validation import check_choice
+from spectral_adapters.columns import random_columns
 from spectral_adapters.decomposition import (
     ALGORITHMS,
+    COLUMNS,
     ColumnFactorisation,
     select_columns,
 )
@@ -23,6 +25,9 @@ from spectral_adapters.peft._folder import PREFIX, WEIGHTS
 from spectral_adapters.peft._layer import SpectralLayer
 from spectral_adapters.peft._model import adapted_layers, check_rank_pattern, pattern_value
 
+#: Of columns by name.
+CHOICES = (*COLUMNS, "random")
+
 
 @dataclass
 class ColumnConfig(SpectralConfig):
@@ -30,12 +35,15 @@ class ColumnConfig(SpectralConfig):
 
     Args:
         r: number of columns; None is 8, or the number of indices in ``columns``.
-        columns: "top", "bottom", or a list of indices counted from the largest singular value.
+        columns: "top", "bottom", "random", or a list of indices counted from the largest singular
+            value. "random" draws them evenly from all, for every module anew, by its name and the
+            seed (:func:`spectral_adapters.columns.random_columns`).
         offset: leave out this many columns at the named end, so that several adapters can have
             columns of their own.
         rank_pattern: r for single modules, by name or regular expression, as in ``LoraConfig``.
         columns_pattern: lists of indices for single modules, by name or regular expression; goes
             before all of the above.
+        seed: of random columns.
         algorithm: of the SVD, "randomized" or "full"
             (:func:`spectral_adapters.decomposition.decompose_columns`).
 
@@ -47,6 +55,7 @@ class ColumnConfig(SpectralConfig):
     offset: int = field(default=0)
     rank_pattern: dict[str, int] | None = field(default=None)
     columns_pattern: dict[str, list[int]] | None = field(default=None)
+    seed: int = field(default=0)
     algorithm: str = field(default="randomized")
 
     def __post_init__(self) -> None:
@@ -60,13 +69,42 @@ class ColumnConfig(SpectralConfig):
                 f"rank_pattern must be None when columns holds indices; got {self.rank_pattern!r}"
             )
         check_columns_pattern(self.columns_pattern)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an int of at least 0; got {self.seed!r}")
+        if isinstance(self.columns, str):
+            check_choice("columns", self.columns, CHOICES)
+        elif not isinstance(self.columns, list):
+            raise TypeError(
+                f"columns must be one of {', '.join(map(repr, CHOICES))} or hold ints; "
+                f"got {self.columns!r}"
+            )
+        if self.columns == "random" and self.offset:
+            raise ValueError(f"offset must be 0 with columns='random'; got {self.offset!r}")
         for r in (self.r, *(self.rank_pattern or {}).values()):
             # All but the weight's own rank can be checked here.
-            select_columns(self.columns, r, sys.maxsize, self.offset)
+            self._select("", r, sys.maxsize)
 
     def r_for(self, name: str) -> int | None:
         """The number of columns for the module ``name``."""
         return pattern_value(self.rank_pattern, name, self.r)
+
+    def columns_for(self, name: str, rank: int, r: int | None = None) -> tuple[int, ...]:
+        """The columns of the module ``name``, whose weight has this rank.
+
+        Args:
+            name, rank: of the module.
+            r: how many, where that is known; None: by ``r`` and ``rank_pattern``.
+        """
+        chosen = pattern_value(self.columns_pattern, name, None)
+        if chosen is not None:
+            return select_columns(chosen, None, rank)
+        return self._select(name, self.r_for(name) if r is None else r, rank)
+
+    def _select(self, name: str, r: int | None, rank: int) -> tuple[int, ...]:
+        if self.columns != "random":
+            return select_columns(self.columns, r, rank, self.offset)
+        top = select_columns("top", r, rank)  # checks r
+        return tuple(random_columns(name, rank, len(top), seed=self.seed))
 
 
 class ColumnLayer(SpectralLayer):
@@ -75,12 +113,8 @@ class ColumnLayer(SpectralLayer):
     is_low_rank = True
 
     def _columns(self, config: ColumnConfig) -> tuple[int, ...]:
-        rank = min(self._matrix_shape())
-        chosen = pattern_value(config.columns_pattern, self.name, None)
         try:
-            if chosen is not None:
-                return select_columns(chosen, None, rank)
-            return select_columns(config.columns, config.r_for(self.name), rank, config.offset)
+            return config.columns_for(self.name, min(self._matrix_shape()))
         except ValueError as error:
             raise ValueError(
                 f"{self.name}: {error}; use rank_pattern or columns_pattern for single modules"
@@ -135,11 +169,7 @@ def saved_columns(directory: str | Path) -> dict[str, tuple[int, ...]]:
                 rows, r = file.get_slice(key).get_shape()
                 columns = file.get_slice(key.replace(mark, ".spectral_adapter_a_right"))
                 rank = min(rows, columns.get_shape()[0])
-                chosen = pattern_value(config.columns_pattern, name, None)
-                if chosen is None and isinstance(config.columns, str):
-                    found[name] = select_columns(config.columns, r, rank, config.offset)
-                else:
-                    found[name] = tuple(config.columns if chosen is None else chosen)
+                found[name] = config.columns_for(name, rank, r)
     return found
 
 

@@ -170,9 +170,10 @@ class Settings:
     )
     columns: str | None = _option(
         None,
-        "spectral-a, spectral-r: end of the spectrum to adapt (default: top)",
+        "spectral-a, spectral-r: end of the spectrum to adapt, or columns drawn from all (default: "
+        "top)",
         group="method",
-        choices=("top", "bottom"),
+        choices=("top", "bottom", "random"),
     )
 
     steps: int = _option(400, "optimizer steps", group="training")

@@ -19,7 +19,8 @@ namespace {
 // there are rows for when a block has `times` turns.
 std::int32_t block_count(
     const at::Tensor& rows, at::IntArrayRef sizes, std::int64_t warps, std::int64_t times) {
-    const std::int64_t per_row = cuda::warps_per_row(sizes[0], sizes[1]);
+    const std::int64_t per_row =
+        cuda::warps_per_row(static_cast<int>(sizes[0]), static_cast<int>(sizes[1]));
     const std::int64_t at_a_time = per_row == 1 ? cuda::kRowsAtATime<1> : cuda::kRowsAtATime<2>;
     const std::int64_t each = warps / (per_row * at_a_time), share = times * at_a_time;
     const std::int64_t most = cuda::device_facts(rows.get_device()).multiprocessors * each;

@@ -20,11 +20,6 @@ constexpr bool fits_a_tile(std::int64_t n1, std::int64_t n2) {
            n1 * n2 % 8 == 0;
 }
 
-// Warps that share a row.
-constexpr int warps_per_row(std::int64_t n1, std::int64_t n2) {
-    return is_narrow(n1, n2) ? 1 : n1 <= 32 ? 2 : 4;
-}
-
 // Rows that a block has at a time: all its threads meet where several warps share one.
 template <int kWarps>
 inline constexpr int kRowsAtATime = kWarps == 1 ? 4 : 1;
@@ -32,7 +27,7 @@ inline constexpr int kRowsAtATime = kWarps == 1 ? 4 : 1;
 // Calls `run.template operator()<P1, P2, kWarps>()` with the smallest tile that holds n1 x n2 and
 // the warps that share it.
 template <typename Run>
-auto with_tile(int n1, int n2, const Run& run) {
+constexpr auto with_tile(int n1, int n2, const Run& run) {
     if (!is_narrow(n1, n2)) {
         if (n1 <= 32) return run.template operator()<32, 64, 2>();
         return run.template operator()<64, 64, 4>();
@@ -46,5 +41,15 @@ auto with_tile(int n1, int n2, const Run& run) {
     if (n2 <= 32) return run.template operator()<32, 32, 1>();
     return run.template operator()<32, 48, 1>();
 }
+
+struct WarpsOfTile {
+    template <int, int, int kWarps>
+    constexpr int operator()() const {
+        return kWarps;
+    }
+};
+
+// Warps that share a row.
+constexpr int warps_per_row(int n1, int n2) { return with_tile(n1, n2, WarpsOfTile{}); }
 
 }  // namespace spectral::cuda

@@ -201,6 +201,15 @@ def test_r_turns_48_columns_or_as_many_as_there_are(base):
     assert adapters.make_config(few, pipe.unet).r == 3
 
 
+def test_a_takes_columns_from_all_of_the_spectrum_unless_told(base):
+    given = {"base": str(base), "images": "x", "output": "y", "method": "spectral-a"}
+    pipe = run.load_pipeline(Settings(**given))
+    config = adapters.make_config(Settings(**given), pipe.unet)
+    assert (config.columns, config.r) == ("random", 4)
+    config = adapters.make_config(Settings(**given, columns="top", rank=2), pipe.unet)
+    assert (config.columns, config.r) == ("top", 2)
+
+
 @pytest.mark.parametrize(
     "more",
     [

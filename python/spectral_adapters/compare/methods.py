@@ -255,6 +255,10 @@ def _columns(kind: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return config
 
 
+def _r_levels(shape: Shape, setting: Any) -> Iterable[Level]:
+    return [(r, r * (r - 1)) for r in range(2, min(shape) + 1)]
+
+
 def _random_columns(layers: Mapping[str, Any], setting: Any, schedule: Schedule) -> Any:
     """Columns drawn evenly from all, for each layer anew."""
     generator = torch.Generator().manual_seed(schedule.seed)
@@ -264,6 +268,11 @@ def _random_columns(layers: Mapping[str, Any], setting: Any, schedule: Schedule)
     }
     some = next(iter(layers.values()))[0]
     return SpectralAdapterAConfig(target_modules=list(layers), r=some, columns_pattern=pattern)
+
+
+def _random_columns_of_r(layers: Mapping[str, Any], setting: Any, schedule: Schedule) -> Any:
+    options = {"columns": "random", "seed": schedule.seed}
+    return _columns(SpectralAdapterRConfig, **options)(layers, setting, schedule)
 
 
 def _svdiff(layers: Mapping[str, Any], setting: Any, schedule: Schedule) -> SVDiffConfig:
@@ -411,11 +420,8 @@ METHODS: dict[str, Method] = {
         ],
         _random_columns,
     ),
-    "spectral-r": Method(
-        "Spectral Adapter R",
-        lambda shape, setting: [(r, r * (r - 1)) for r in range(2, min(shape) + 1)],
-        _columns(SpectralAdapterRConfig),
-    ),
+    "spectral-r": Method("Spectral Adapter R", _r_levels, _columns(SpectralAdapterRConfig)),
+    "spectral-r-random": Method("Spectral Adapter R, random", _r_levels, _random_columns_of_r),
     "svdiff": Method(
         "SVDiff", lambda shape, setting: [(None, min(shape))], _svdiff, per_layer=False
     ),

@@ -31,7 +31,8 @@ class SpectralAdapterAConfig(ColumnConfig):
     """Spectral Adapter A: ``W' = W0 + (U1 + A_U) S1 (V1 + A_V)^T - U1 S1 V1^T``.
 
     Zhang and Pilanci, NeurIPS 2024. As many trained numbers as a LoRA of rank r, a change of rank
-    2r; exactly a LoRA of rank 2r when trained.
+    2r; exactly a LoRA of rank 2r when trained. The default is the top columns, as published; on two
+    of three tasks ``columns="random"`` was ahead of them, on the third level (docs/results.md).
 
     Arguments: :class:`ColumnConfig`.
     """

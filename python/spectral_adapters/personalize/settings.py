@@ -171,7 +171,7 @@ class Settings:
     columns: str | None = _option(
         None,
         "spectral-a, spectral-r: end of the spectrum to adapt, or columns drawn from all (default: "
-        "top)",
+        "spectral-a random, spectral-r top)",
         group="method",
         choices=("top", "bottom", "random"),
     )

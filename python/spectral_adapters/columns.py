@@ -84,10 +84,7 @@ def random_columns(name: str, rank: int, r: int, *, seed: int = 0) -> list[int]:
     moved: dict[int, int] = {}
     drawn = []
     for place in range(r):
-        number = int.from_bytes(
-            hashlib.sha256(f"{seed}/{place}/{name}".encode()).digest()[:8], "big"
-        )
-        other = place + ((number * (rank - place)) >> 64)
+        other = place + _draw(f"{seed}/{place}/{name}", rank - place)
         drawn.append(moved.get(other, other))
         moved[other] = moved.get(place, place)
     return sorted(drawn)

@@ -52,11 +52,6 @@ class Base:
             and any(name == t or name.endswith(f".{t}") for t in self.targets)
         ]
 
-    @property
-    def adapted_bytes(self) -> int:
-        """Size of the weights that are adapted, one copy."""
-        return sum(layer.weight.nbytes for _, layer in self.layers(self.model))
-
     def twin(self) -> nn.Module:
         """The model once more, on the same parameters and buffers."""
         tensors = (*self.model.parameters(), *self.model.buffers())

@@ -30,6 +30,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.vera import VeraModel
 from torch import Tensor, nn
 
+from spectral_adapters.factors import packed_size
 from spectral_adapters.optim import StiefelAdam
 from spectral_adapters.peft import (
     LiDBConfig,
@@ -230,7 +231,7 @@ def _soda_levels(side: str, spectrum: bool = True) -> Any:
         k = min(shape)
         dimension = k if side == "left" else shape[1]
         for sizes in factor_choices(dimension):
-            yield sizes, sum(n * (n - 1) // 2 for n in sizes) + (k if spectrum else 0)
+            yield sizes, packed_size(sizes) + (k if spectrum else 0)
 
     return levels
 

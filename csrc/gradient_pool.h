@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/custom_class.h>
 
@@ -86,7 +87,9 @@ class GradientPool : public Numbered<GradientPool> {
 
     explicit GradientPool(std::int64_t count) : sums_(count) {}
 
-    void add(std::int64_t first, std::vector<at::Tensor> grads) {
+    // Returns the token's gradient: none, as the pool has it all. Compiled autograd, which runs a
+    // backward outside of its node, cannot add two of none and gets an empty one, like the token.
+    at::Tensor add(std::int64_t first, std::vector<at::Tensor> grads) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const at::NoGradGuard no_grad;
         const std::int64_t pass = torch::autograd::get_current_graph_task_id();
@@ -99,6 +102,8 @@ class GradientPool : public Numbered<GradientPool> {
             Optional& sum = sums_.at(first + i);
             sum = sum.has_value() ? *sum + grads[i] : grads[i];
         }
+        if (torch::autograd::get_current_node() || grads.empty()) return {};
+        return at::empty({0}, grads[0].options());
     }
 
     // The rotations whose gradients these are, if the node behind the token is the extension's.

@@ -254,8 +254,8 @@ class SODALinear : public torch::autograd::Function<SODALinear> {
         }
         ++next;
         if (needs_turns) {
-            GradientPool::of(data["pool"].toInt())
-                ->add(data["first"].toInt(), std::vector<Tensor>(next, found.end()));
+            results[2] = GradientPool::of(data["pool"].toInt())
+                             ->add(data["first"].toInt(), std::vector<Tensor>(next, found.end()));
         }
         return results;
     }
@@ -410,7 +410,8 @@ class MergedLinear : public torch::autograd::Function<MergedLinear> {
         for (std::size_t i = 0; i < turns.size(); ++i) {
             turns[i] = factors[i].matmul(turns[i].to(factors[i].scalar_type()));
         }
-        GradientPool::of(data["pool"].toInt())->add(data["first"].toInt(), std::move(turns));
+        results[2] =
+            GradientPool::of(data["pool"].toInt())->add(data["first"].toInt(), std::move(turns));
     }
 
     static std::vector<Tensor> gram(
@@ -577,8 +578,8 @@ class SpectralRLinear : public torch::autograd::Function<SpectralRLinear> {
                     data["scaling"].toDouble(), needs_x, needs_turns);
                 if (needs_x) results[0] = found[0];
                 if (needs_turns) {
-                    GradientPool::of(data["pool"].toInt())
-                        ->add(data["first"].toInt(), {found[1], found[2]});
+                    results[1] = GradientPool::of(data["pool"].toInt())
+                                     ->add(data["first"].toInt(), {found[1], found[2]});
                 }
             }
         }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from support import relative_error
 
 from spectral_adapters import (
     SODALinear,
@@ -161,6 +162,36 @@ def test_compiled_autograd_takes_nodes(name):
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         loss.backward()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(trained, expected, strict=True))
+
+
+@pytest.mark.parametrize("has_nodes", [True, False])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_compiled_autograd_trains_a_model_with_a_bank(config, has_nodes, python_functions):
+    """Layers that share a token, whose gradients it adds up."""
+    config.target_modules = ["0", "1", "2"]
+    if not has_nodes:
+        python_functions()
+
+    def trained(backward):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+        model = get_peft_model(base, config)
+        randomise(model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        for x in torch.randn(2, 5, 8):
+            optimizer.zero_grad()
+            backward(model(x).square().sum())
+            optimizer.step()
+        return parameters
+
+    def compiled(loss):
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+
+    torch._dynamo.reset()
+    for found, expected in zip(trained(compiled), trained(torch.Tensor.backward), strict=True):
+        assert relative_error(found, expected) <= 1e-6
 
 
 def test_a_pool_that_is_not_there():

@@ -179,8 +179,12 @@ class GradientPool:
         self._sums: list[Tensor | None] = [None] * count
         self._pass = -1
 
-    def add(self, first: int, grads: Sequence[Tensor]) -> None:
-        """Add the gradients of rotations number ``first`` and the following."""
+    def add(self, first: int, grads: Sequence[Tensor]) -> Tensor | None:
+        """Add the gradients of rotations number ``first`` and the following.
+
+        Returns the token's gradient: none, as the pool has it all. Compiled autograd, which runs a
+        backward outside of its node, cannot add two of none and gets an empty one, like the token.
+        """
         current = torch._C._current_graph_task_id()
         if current != self._pass:
             # The pass before this one was interrupted, or left these gradients to nobody.
@@ -188,6 +192,8 @@ class GradientPool:
         for index, grad in enumerate(grads, first):
             known = self._sums[index]
             self._sums[index] = grad if known is None else known + grad
+        inside = torch._C._current_autograd_node() is not None
+        return None if inside or not grads else grads[0].new_empty(0)
 
     def take(self) -> list[Tensor | None]:
         """The sums of this backward pass."""
@@ -202,8 +208,8 @@ class _ExtensionPool(GradientPool):
         self._pool = torch.classes.spectral_nodes.GradientPool(count)
         self.number = self._pool.number()
 
-    def add(self, first: int, grads: Sequence[Tensor]) -> None:
-        self._pool.add(first, list(grads))
+    def add(self, first: int, grads: Sequence[Tensor]) -> Tensor | None:
+        return self._pool.add(first, list(grads))
 
     def take(self) -> list[Tensor | None]:
         return self._pool.take()
@@ -317,10 +323,11 @@ class LayerRotationsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @outside_autocast
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        token = None
         if ctx.needs_input_grad[0]:
-            ctx.shared.pool.add(ctx.shared.first, grads)
-        return (None,) * (2 + len(grads))
+            token = ctx.shared.pool.add(ctx.shared.first, grads)
+        return token, None, *[None] * len(grads)
 
 
 class KronRotateFunction(torch.autograd.Function):
@@ -593,7 +600,7 @@ def _hand_out(ctx: Any, results: list[Tensor | None], sums: Sequence[Tensor], fi
     if needs[first]:
         results[first] = grad_scale.to(ctx.offset_dtype)
     if needs[first + 1]:
-        ctx.shared.pool.add(ctx.shared.first, turns)
+        results[first + 1] = ctx.shared.pool.add(ctx.shared.first, turns)
     for index, turn in enumerate(turns, first + 3):
         if needs[index]:
             results[index] = turn
@@ -983,7 +990,7 @@ class SpectralRLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         backward = _product(_ops.spectral_r_linear_bwd, spectral_r_linear_bwd_reference)
         needs = ctx.needs_input_grad
-        rest = (None,) * (len(needs) - 10)
+        rest: list[Tensor | None] = [None] * (len(needs) - 10)
         if ctx.shared is None:
             return *_low_rank_grads(ctx, grad, backward, needs[:10]), *rest
         needs_turns = needs[10]
@@ -991,7 +998,7 @@ class SpectralRLinearFunction(torch.autograd.Function):
             ctx, grad, backward, [*needs[:7], needs_turns, needs_turns, False]
         )
         if needs_turns and grad is not None:
-            ctx.shared.pool.add(ctx.shared.first, (turn_left, turn_right))
+            rest[0] = ctx.shared.pool.add(ctx.shared.first, (turn_left, turn_right))
         return *results, None, None, None, *rest
 
 

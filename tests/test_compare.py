@@ -35,9 +35,15 @@ from spectral_adapters.compare.methods import (
     tune,
 )
 from spectral_adapters.compare.plan import read_plan
-from spectral_adapters.compare.records import SWEEP_SEED, append_record, key_of, read_records
+from spectral_adapters.compare.records import (
+    SWEEP_SEED,
+    append_record,
+    key_of,
+    latest,
+    read_records,
+)
 from spectral_adapters.compare.report import BEGIN, END, results_of, write_report
-from spectral_adapters.compare.runner import run_cell
+from spectral_adapters.compare.runner import carry_out, compare, runs_left
 from spectral_adapters.compare.tasks import style, supersenses
 from spectral_adapters.compare.tasks._task import Metric, Task, fit, linear_shapes, rate_factor
 from spectral_adapters.compare.tasks.style import weight_changes, with_changes
@@ -206,18 +212,27 @@ def test_rate_factor():
     assert rate_factor(99, 100) < 1e-3
 
 
+def run_cell(cell, rates, output):
+    """Do what is left of a cell in this process; how many runs it took."""
+    runs = 0
+    while left := runs_left(cell, rates, latest(read_records(output))):
+        carry_out(cell, left[0], output)
+        runs += 1
+    return runs
+
+
 def test_the_rate_is_searched_until_the_best_is_inside(toy, tmp_path):
     """From the middle of the ladder to 1e-1, with a seed of its own; then once per seed on test."""
     plan = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600], options={"best": 0.1}))
     (cell,) = cells_of(plan)
-    assert run_cell(cell, plan.rates, tmp_path) == (True, 9)
+    assert run_cell(cell, plan.rates, tmp_path) == 9
     task = toy["task"]
     assert task.rates == [
         *[(rate, SWEEP_SEED, False) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)],
         *[(1e-1, seed, True) for seed in (1, 2, 3)],
     ]
     assert task.evaluated == ["dev"] * 6 + ["test"] * 3
-    assert run_cell(cell, plan.rates, tmp_path) == (True, 0)  # all on record
+    assert run_cell(cell, plan.rates, tmp_path) == 0  # all on record
 
 
 def test_the_search_ends_at_the_end_of_the_ladder_and_the_report_says_so(toy, tmp_path):
@@ -236,7 +251,7 @@ def test_a_run_that_was_lost_is_done_again_and_no_other(toy, tmp_path):
     lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])  # killed there
     before = len(toy["task"].rates)
-    assert run_cell(cell, plan.rates, tmp_path) == (True, 1)
+    assert run_cell(cell, plan.rates, tmp_path) == 1
     assert len(toy["task"].rates) == before + 1
     assert len(read_records(tmp_path)) == len(lines)
 
@@ -290,7 +305,7 @@ def test_a_rate_is_chosen_by_the_mean_over_the_sweeps(toy, tmp_path, monkeypatch
 
     plan = read_plan(plan_file(tmp_path, **entries, sweeps=3))
     (cell,) = cells_of(plan)
-    assert run_cell(cell, plan.rates, tmp_path)[0]
+    run_cell(cell, plan.rates, tmp_path)
     records = read_records(tmp_path)
     assert {r["seed"] for r in records if r["kind"] == "sweep"} == {SWEEP_SEED, 101, 102}
     assert [r["rate"] for r in records[before:] if r["kind"] == "final"] == [3e-2] * 3
@@ -298,7 +313,7 @@ def test_a_rate_is_chosen_by_the_mean_over_the_sweeps(toy, tmp_path, monkeypatch
     assert result.rate == 3e-2 and len(result.values["score"]) == 3
     # A plan with one sweep goes by its own, on the same records.
     (result,) = results_of(alone, alone.tasks["toy"], records)
-    assert result.rate == 1e-3 and run_cell(cells_of(alone)[0], alone.rates, tmp_path) == (True, 0)
+    assert result.rate == 1e-3 and run_cell(cells_of(alone)[0], alone.rates, tmp_path) == 0
 
 
 def test_other_settings_are_other_runs(toy, tmp_path):
@@ -308,7 +323,7 @@ def test_other_settings_are_other_runs(toy, tmp_path):
     toy.clear()
     cells._task.cache_clear()
     second = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600], options={"steps": 5}))
-    assert run_cell(cells_of(second)[0], second.rates, tmp_path)[1] == count
+    assert run_cell(cells_of(second)[0], second.rates, tmp_path) == count
     write_report(second, tmp_path, tmp_path / "results.md")  # of the second alone
     assert "| 3 |" in (tmp_path / "results.md").read_text()
 
@@ -326,12 +341,6 @@ def test_a_diverged_rate_loses_and_is_not_reported(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(Toy, "train", diverge)
     run_cell(cell, plan.rates, tmp_path)
     assert {rate for rate, _, final in toy["task"].rates if final} == {1e-3}
-
-
-def test_no_time_left_starts_nothing(toy, tmp_path):
-    plan = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600]))
-    assert run_cell(cells_of(plan)[0], plan.rates, tmp_path, ends=0.0) == (False, 0)
-    assert read_records(tmp_path) == []
 
 
 class Here:
@@ -356,6 +365,53 @@ class Here:
 def without_processes(monkeypatch):
     for module in (runner, costs):
         monkeypatch.setattr(module, "ProcessPoolExecutor", Here)
+
+
+def test_no_time_left_starts_nothing(toy, tmp_path, without_processes):
+    plan = read_plan(plan_file(tmp_path, methods=["lora"], budgets=[600]))
+    assert not compare(plan, tmp_path, minutes=0)
+    assert read_records(tmp_path) == []
+
+
+class Later(Here):
+    """Does what was submitted first when somebody waits for it."""
+
+    def __init__(self, *_):
+        self.waiting = {}
+        self.together = []
+
+    def submit(self, function, *arguments):
+        future = Future()
+        self.waiting[future] = function, arguments
+        return future
+
+    def wait(self, futures, **_):
+        assert set(futures) == set(self.waiting)
+        self.together.append([(str(cell), *run) for _, (cell, run, _) in self.waiting.values()])
+        first = next(iter(self.waiting))
+        function, arguments = self.waiting.pop(first)
+        first.set_result(function(*arguments))
+        return SimpleNamespace(done={first})
+
+
+def test_workers_share_the_runs_of_a_cell(toy, tmp_path, monkeypatch):
+    """The next cell begins when the one before has no run to start; none is done twice."""
+    pool = Later()
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda *_: pool)
+    monkeypatch.setattr(runner, "wait", pool.wait)
+    entries = {"methods": ["lora", "soda"], "budgets": [600], "options": {"best": 3e-3}}
+    plan = read_plan(plan_file(tmp_path, **entries))
+    said = []
+    assert compare(plan, tmp_path, workers=4, say=said.append)
+    lora, soda = map(str, cells_of(plan))
+    middle = [(lora, "sweep", rate, SWEEP_SEED) for rate in (1e-3, 3e-3, 1e-2)]
+    tested = [(lora, "final", 3e-3, seed) for seed in (1, 2, 3)]
+    assert [pool.together[0][:3], pool.together[0][3][0]] == [middle, soda]
+    assert any(tested == [run for run in runs if run[0] == lora] for runs in pool.together)
+    assert [len(runs) for runs in pool.together[:6]] == [4] * 6
+    records = read_records(tmp_path)
+    assert len({key_of(record) for record in records}) == len(records) == 12
+    assert len(said) == 2 and "[1/2, " in said[0] and said[1].endswith("6 runs")
 
 
 def test_the_whole_comparison_and_its_report(toy, tmp_path, without_processes):

@@ -91,8 +91,8 @@ def chosen_rate(task: PlannedTask, records: Iterable[Record]) -> float | None:
     if not seeds:
         return None
     means = {rate: sum(found[s] for s in seeds) / len(seeds) for rate, found in worth.items()}
-    # Of equals the first that was tried, as the search has it.
-    best = max(means, key=lambda rate: means[rate])
+    # Of equals the lowest, as the search has it.
+    best = max(sorted(means), key=lambda rate: means[rate])
     return best if math.isfinite(means[best]) else None
 
 

@@ -1,8 +1,9 @@
 """Carries out a plan: searches learning rates on the development split, then runs what counts.
 
-The unit of work is a *cell*: one method at one budget on one task. Cells are shared out over
-processes; every run of a cell is recorded when it ends, and a run that is on record is not done
-again.
+A *cell* is one method at one budget on one task. Its runs stand on each other: what a search finds
+says what is run next. All runs that stand on nothing that is not on record are shared out over
+processes, those of the first cells first; every run is recorded when it ends, and a run that is on
+record is not done again.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -69,21 +72,10 @@ def compare(
     ends = math.inf if minutes is None else time.time() + 60 * minutes
     cells = [cell for cell in cells_of(plan) if only(cell)]
     threads = max(1, (os.cpu_count() or 1) // workers)
-    finished = True
-    began = time.time()
     # A fresh process per worker: forked ones would share the parent's threads and locks.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, start_worker, (threads,)) as pool:
-        jobs = {pool.submit(run_cell, cell, plan.rates, output, ends): cell for cell in cells}
-        for number, job in enumerate(as_completed(jobs), 1):
-            done, runs = job.result()
-            finished &= done
-            if runs:
-                state = "" if done else ", not finished"
-                say(
-                    f"[{number}/{len(jobs)}, {(time.time() - began) / 60:.1f} min] "
-                    f"{jobs[job]}: {runs} runs{state}"
-                )
+        finished = _share_out(pool, workers, cells, plan.rates, output, ends, say)
         if plan.merge is not None and finished:
             subject, style = plan.tasks[plan.merge["subject"]], plan.tasks[plan.merge["style"]]
             pairs = [c for c in cells if c.task is subject and c.method not in (BASE, FULL)]
@@ -96,71 +88,109 @@ def compare(
     return finished
 
 
-class _Cell:
-    """What is on record of a cell, and how to do what is not."""
+class Run(NamedTuple):
+    """A run of a cell."""
 
-    def __init__(self, cell: Cell, output: Path, ends: float) -> None:
-        self.cell, self.output, self.ends = cell, output, ends
-        self.done = latest(read_records(output))
-        self.runs = 0
-
-    def run(self, kind: str, rate: float | None, seed: int) -> Record | None:
-        """The record of a run, made now if need be; None if there is no time left for it."""
-        cell = self.cell
-        record = new_record(cell, kind, rate, seed)
-        found = self.done.get(key_of(record))
-        if found is not None:
-            return found
-        if time.time() >= self.ends:
-            return None
-        record.update(run_folds(cell, kind, rate, seed, self.output))
-        append_record(self.output, record)
-        self.done[key_of(record)] = record
-        self.runs += 1
-        return record
+    kind: str
+    rate: float | None
+    seed: int
 
 
-def run_cell(
-    cell: Cell, rates: tuple[float, ...], output: Path, ends: float = math.inf
-) -> tuple[bool, int]:
-    """Do what is left of a cell; whether all of it is on record now, and how many runs it took.
+def _share_out(
+    pool: Executor,
+    workers: int,
+    cells: Sequence[Cell],
+    rates: Sequence[float],
+    output: Path,
+    ends: float,
+    say: Callable[[str], None],
+) -> bool:
+    """Do what is left of the cells, as many runs at a time as there are workers.
+
+    Returns:
+        Whether all of it is on record now.
+    """
+    began = time.time()
+    under_way: dict[Future[None], tuple[int, Run]] = {}
+    made: Counter[int] = Counter()
+    told: set[int] = set()
+
+    def tell(number: int, state: str) -> None:
+        told.add(number)
+        finished = sum(not runs for runs in left)
+        minutes = (time.time() - began) / 60
+        say(
+            f"[{finished}/{len(cells)}, {minutes:.1f} min] {cells[number]}: "
+            f"{made[number]} runs{state}"
+        )
+
+    while True:
+        done = latest(read_records(output))
+        left = [runs_left(cell, rates, done) for cell in cells]
+        for job in [(number, run) for number, runs in enumerate(left) for run in runs]:
+            if len(under_way) < workers and time.time() < ends and job not in under_way.values():
+                number, run = job
+                under_way[pool.submit(carry_out, cells[number], run, output)] = job
+        for number in sorted(made.keys() - told - {number for number, _ in under_way.values()}):
+            if not left[number]:
+                tell(number, "")
+        if not under_way:
+            break
+        for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+            number, _ = under_way.pop(future)
+            future.result()
+            made[number] += 1
+    for number in sorted(made.keys() - told):
+        tell(number, ", not finished")
+    return not any(left)
+
+
+def runs_left(
+    cell: Cell, rates: Sequence[float], done: Mapping[tuple[Any, ...], Record]
+) -> list[Run]:
+    """The runs of a cell that stand on nothing that is not on record; none if all of it is.
 
     The learning rate: three in the middle of ``rates`` are tried with seeds of their own, and as
     long as the best of all is at an end, the next one beyond it. It is chosen by the mean of the
-    first metric on the development split. Then a run for each seed, measured once on the test
-    split.
+    first metric on the development split, of equals the lowest. Then a run for each seed, measured
+    once on the test split.
     """
-    state = _Cell(cell, output, ends)
+
+    def on_record(run: Run) -> Record | None:
+        return done.get(key_of(new_record(cell, *run)))
+
+    def lacking(runs: Iterable[Run]) -> list[Run]:
+        return [run for run in runs if on_record(run) is None]
+
     if cell.method == BASE:
-        done = state.run("final", None, SWEEP_SEED) is not None
-        return done, state.runs
+        return lacking([Run("final", None, SWEEP_SEED)])
     low = (len(rates) - START) // 2
     high = low + START
-    tried: dict[int, float] = {}
     while True:
-        for index in range(low, high):
-            if index in tried:
-                continue
-            found = []
-            for seed in sweep_seeds(cell.task):
-                record = state.run("sweep", rates[index], seed)
-                if record is None:
-                    return False, state.runs
-                if record.get("trained") is None:  # the method has no such size
-                    return True, state.runs
-                found.append(worth_of(cell.task, record))
-            tried[index] = sum(found) / len(found)
-        best = max(tried, key=lambda index: tried[index])
-        if best == low and low > 0:
+        worth: dict[float, float] = {}
+        left: list[Run] = []
+        for rate in rates[low:high]:
+            sweeps = [Run("sweep", rate, seed) for seed in sweep_seeds(cell.task)]
+            found = [record for run in sweeps if (record := on_record(run)) is not None]
+            if any(record.get("trained") is None for record in found):
+                return []  # the method has no such size
+            worth[rate] = sum(worth_of(cell.task, record) for record in found) / len(sweeps)
+            left += lacking(sweeps)
+        if left:
+            return left
+        best = max(worth, key=lambda rate: worth[rate])
+        if best == rates[low] and low > 0:
             low -= 1
-        elif best == high - 1 and high < len(rates):
+        elif best == rates[high - 1] and high < len(rates):
             high += 1
         else:
-            break
-    for seed in cell.task.seeds:
-        if state.run("final", rates[best], seed) is None:
-            return False, state.runs
-    return True, state.runs
+            return lacking(Run("final", best, seed) for seed in cell.task.seeds)
+
+
+def carry_out(cell: Cell, run: Run, output: Path) -> None:
+    """Do a run and record it."""
+    record = new_record(cell, *run)
+    append_record(output, {**record, **run_folds(cell, *run, output)})
 
 
 def prepare(task: Task, method: str, budget: int, seed: int) -> Tuned | None:

@@ -192,6 +192,18 @@ def test_adalora_s_penalty_is_that_of_peft():
     assert tuned.penalty() < expected
 
 
+@pytest.mark.parametrize(("name", "times"), [("soda", 1), ("soda-two-rates", 10)])
+def test_the_rate_of_the_spectrum(name, times):
+    tuned = tune(Net(), name, SHAPES, 720, Schedule(10, 0))
+    head = nn.Parameter(torch.zeros(3))
+    optimizer = tuned.optimizer(1e-3, [head], 1e-4)
+    rates = {id(v): group["lr"] for group in optimizer.param_groups for v in group["params"]}
+    assert len(rates) == len(tuned.trained) + 1 and rates[id(head)] == 1e-4
+    for parameter, values in tuned.trained.items():
+        of_spectrum = ".soda_delta." in parameter
+        assert rates[id(values)] == pytest.approx(1e-3 * (times if of_spectrum else 1))
+
+
 def test_an_adapter_of_another_size_than_chosen_is_an_error(monkeypatch):
     lora = METHODS["lora"]
     wrong = type(lora)("x", lambda shape, setting: [(2, 7)], lora.config)
@@ -242,6 +254,14 @@ def test_the_search_ends_at_the_end_of_the_ladder_and_the_report_says_so(toy, tm
     assert [rate for rate, _, final in toy["task"].rates if final] == [3e-1] * 3
     write_report(plan, tmp_path, tmp_path / "results.md")
     assert "0.3*" in (tmp_path / "results.md").read_text()
+
+
+def test_a_note_on_a_method_stands_in_the_report(toy, tmp_path):
+    plan = read_plan(plan_file(tmp_path, methods=["oft"], budgets=[1000]))
+    run_cell(cells_of(plan)[0], plan.rates, tmp_path)
+    write_report(plan, tmp_path, tmp_path / "results.md")
+    notes = (tmp_path / "results.md").read_text().partition("## Notes on methods")[2]
+    assert "* OFT: exact Cayley.\n" in notes
 
 
 def test_a_run_that_was_lost_is_done_again_and_no_other(toy, tmp_path):
@@ -432,6 +452,7 @@ def test_the_whole_comparison_and_its_report(toy, tmp_path, without_processes):
     assert "| SVDiff | cannot |" in text
     assert "## Cost" in text
     assert "Every line is a method at 600 numbers" in text
+    assert "## Notes on methods" not in text
     for name in ("budgets", "curves", "sheet", "tradeoff"):
         assert (report.parent / "images" / f"results_toy_{name}.png").stat().st_size > 1000
     with Image.open(report.parent / "images" / "results_toy_sheet.png") as sheet:

@@ -5,7 +5,8 @@
 
 The comparison chooses a rate with one seed; here each rate has all of the plan's. The test split is
 not touched. ``--option`` changes an option of the task (``targets=v_proj``); ``--flat`` gives
-Spectral Adapter A the mean of its layer's singular values in place of each. Runs are added to
+Spectral Adapter A the mean of its layer's singular values in place of each, ``--spectrum-rate 10``
+trains SODA's spectrum at ten times the rate of its rotation. Runs are added to
 ``--output``/runs.jsonl, those on record are not done again, and a table is printed.
 """
 
@@ -33,12 +34,14 @@ from spectral_adapters.compare.runner import prepare
 HERE = Path(__file__).parent
 
 
-def run(cell: Cell, rate: float, seed: int, flat: bool, output: Path) -> None:
+def run(cell: Cell, rate: float, seed: int, flat: bool, spectrum_rate: float, output: Path) -> None:
     """Train with one rate and seed, on every fold of the task, and record the mean scores."""
     record = {
         "task": cell.task.name,
         "digest": cell.task.digest,
-        "method": cell.method + ", flat" * flat,
+        "method": cell.method
+        + ", flat" * flat
+        + f", spectrum x {spectrum_rate:g}" * (spectrum_rate != 1),
         "budget": cell.budget,
         "kind": "probe",
         "rate": rate,
@@ -52,7 +55,8 @@ def run(cell: Cell, rate: float, seed: int, flat: bool, output: Path) -> None:
     for fold in range(task.folds):
         task.fold = fold
         tuned = prepare(task, cell.method, cell.budget, seed)
-        assert tuned is not None
+        assert tuned is not None and tuned.method is not None
+        tuned = replace(tuned, method=replace(tuned.method, spectrum_rate=spectrum_rate))
         if flat:
             flatten(tuned.model)
         trained = task.train(tuned, rate, seed)
@@ -109,6 +113,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=20_000)
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE[,VALUE]")
     parser.add_argument("--flat", action="store_true", help="Spectral Adapter A without its scale")
+    parser.add_argument("--spectrum-rate", type=float, default=1.0, metavar="RATIO")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "probes")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
@@ -121,11 +126,12 @@ def main() -> None:
         task = replace(task, options={**task.options, **changes}, digest=digest)
     cell = Cell(task, arguments.method, arguments.budget)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    variant = arguments.flat, arguments.spectrum_rate
     threads = max(1, (os.cpu_count() or 1) // arguments.workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, context, start_worker, (threads,)) as pool:
         jobs = [
-            pool.submit(run, cell, rate, seed, arguments.flat, arguments.output)
+            pool.submit(run, cell, rate, seed, *variant, arguments.output)
             for seed in task.seeds
             for rate in arguments.rates
         ]

@@ -65,6 +65,7 @@ class Method:
         per_layer: whether layers may have different sizes.
         frozen: parameters with this in their names are not trained.
         stiefel: trained by StiefelAdam.
+        spectrum_rate: learning rate of SODA's spectrum, times that of everything else.
         nominal: its trained numbers are not its parameters one by one; ``levels`` counts them.
         note: what a reader of the results must know.
     """
@@ -76,6 +77,7 @@ class Method:
     per_layer: bool = True
     frozen: str | None = None
     stiefel: bool = False
+    spectrum_rate: float = 1.0
     nominal: bool = False
     note: str = ""
 
@@ -397,6 +399,13 @@ METHODS: dict[str, Method] = {
         note="StiefelAdam on orthogonal factors; n(n-1)/2 free numbers are counted for each n x n "
         "factor",
     ),
+    "soda-two-rates": Method(
+        "SODA, two rates",
+        _soda_levels("left"),
+        _soda(),
+        spectrum_rate=10.0,
+        note="the spectrum is trained at ten times the rate of the rotation",
+    ),
     "soda-spectrum": Method(
         "SODA, spectrum only",
         lambda shape, setting: [(None, min(shape))],
@@ -499,15 +508,18 @@ class Tuned:
 
     def optimizer(self, rate: float, others: Iterable[Tensor] = (), other_rate: float = 0.0) -> Any:
         """AdamW without weight decay, or StiefelAdam, and ``others`` at a rate of their own."""
-        groups: list[dict[str, Any]] = [{"params": list(self.trained.values()), "lr": rate}]
         stiefel = self.method is not None and self.method.stiefel
-        if stiefel:
-            rotations = [v for n, v in self.trained.items() if ".soda_rotation." in n]
-            rest = [v for n, v in self.trained.items() if ".soda_rotation." not in n]
+        spectrum_rate = 1.0 if self.method is None else self.method.spectrum_rate
+        rotations = [v for n, v in self.trained.items() if ".soda_rotation." in n]
+        spectra = [v for n, v in self.trained.items() if ".soda_delta." in n]
+        groups: list[dict[str, Any]] = [{"params": list(self.trained.values()), "lr": rate}]
+        if stiefel or spectrum_rate != 1:
             groups = [
-                {"params": rotations, "lr": rate, "manifold": True},
-                {"params": rest, "lr": rate, "manifold": False},
+                {"params": rotations, "lr": rate},
+                {"params": spectra, "lr": rate * spectrum_rate},
             ]
+        if stiefel:
+            groups[0]["manifold"], groups[1]["manifold"] = True, False
         extra = list(others)
         if extra:
             groups.append({"params": extra, "lr": other_rate})

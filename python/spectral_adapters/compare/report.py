@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -125,6 +125,9 @@ def write_report(plan: Plan, output: Path, report: Path) -> None:
         sheet = _sheet(task, results, output, images)
         if sheet:
             parts.append(sheet)
+    notes = _notes({row["method"] for row in rows})
+    if notes:
+        parts.append(notes)
     costs = [r for r in newest_costs(plan, records) if r["trained"] is not None]
     if costs:
         parts.append(_cost_table(plan, costs))
@@ -258,6 +261,12 @@ def _merged_table(merged: Sequence[Record], metrics: Sequence[Metric]) -> str:
         "**Subject and style in one model**: the five tested faces asked for in OpenMoji's style, "
         "by `W0 + ΔW_subject + ΔW_style`, against OpenMoji's own drawings.\n\n" + _table(head, rows)
     )
+
+
+def _notes(shown: Collection[str]) -> str:
+    """What a reader must know of methods that are shown."""
+    found = [f"* {m.label}: {m.note}." for name, m in METHODS.items() if name in shown and m.note]
+    return "## Notes on methods\n\n" + "\n".join(found) if found else ""
 
 
 def _cost_table(plan: Plan, costs: Sequence[Record]) -> str:

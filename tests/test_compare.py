@@ -42,7 +42,7 @@ from spectral_adapters.compare.records import (
     latest,
     read_records,
 )
-from spectral_adapters.compare.report import BEGIN, END, results_of, write_report
+from spectral_adapters.compare.report import BEGIN, END, _look, results_of, write_report
 from spectral_adapters.compare.runner import carry_out, compare, runs_left
 from spectral_adapters.compare.tasks import style, supersenses
 from spectral_adapters.compare.tasks._task import Metric, Task, fit, linear_shapes, rate_factor
@@ -470,6 +470,11 @@ def test_the_whole_comparison_and_its_report(toy, tmp_path, without_processes):
 
 #: Methods that the toy task has costs of.
 LASTING = ("soda", "lora", FULL)
+
+
+def test_every_method_has_a_line_of_its_own():
+    looks = [tuple(_look(method).values()) for method in METHODS]
+    assert len(set(looks)) == len(looks)
 
 
 def test_costs_are_those_of_one_run(toy, tmp_path, without_processes, monkeypatch, capsys):

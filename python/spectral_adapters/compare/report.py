@@ -266,7 +266,7 @@ def _merged_table(merged: Sequence[Record], metrics: Sequence[Metric]) -> str:
 def _notes(shown: Collection[str]) -> str:
     """What a reader must know of methods that are shown."""
     found = [f"* {m.label}: {m.note}." for name, m in METHODS.items() if name in shown and m.note]
-    return "## Notes on methods\n\n" + "\n".join(found) if found else ""
+    return "## Notes on methods\n\n" + "\n".join(found) + "\n" if found else ""
 
 
 def _cost_table(plan: Plan, costs: Sequence[Record]) -> str:
@@ -343,10 +343,13 @@ def _grid(results: Sequence[Result], metric: Metric, budgets: Sequence[int]) -> 
     return _table(head, rows)
 
 
-def _colour(method: str) -> Any:
+def _look(method: str) -> dict[str, Any]:
+    """The same line in all plots, and no two methods the same."""
     import matplotlib
 
-    return matplotlib.colormaps["tab20"](list(METHODS).index(method) % 20)
+    cycle, number = divmod(list(METHODS).index(method), 10)
+    look = {"marker": "os^D"[cycle], "linestyle": ("-", "--", ":", "-.")[cycle]}
+    return look | {"color": matplotlib.colormaps["tab10"](number)}
 
 
 def _budget_plot(task: PlannedTask, results: Sequence[Result], metric: Metric, path: Path) -> None:
@@ -364,8 +367,7 @@ def _budget_plot(task: PlannedTask, results: Sequence[Result], metric: Metric, p
             [r.mean(metric.key) * metric.scale for r in points],
             [(r.spread(metric.key) or 0) * metric.scale for r in points],
             label=LABELS[method],
-            color=_colour(method),
-            marker="o",
+            **_look(method),
             markersize=3,
             linewidth=1,
             capsize=2,
@@ -397,9 +399,7 @@ def _curve_plot(results: Sequence[Result], metric: Metric, budget: int | None, p
             continue
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         heights = [mean(c[step][metric.key] for c in curves) * metric.scale for step in steps]
-        axes.plot(
-            steps, heights, label=_label(result), color=_colour(result.method), marker="o", ms=3
-        )
+        axes.plot(steps, heights, label=_label(result), **_look(result.method), ms=3)
     axes.set_xlabel("steps")
     axes.set_ylabel(f"{metric.label}, development split")
     axes.legend(fontsize=7, ncols=2)
@@ -471,9 +471,9 @@ def _tradeoff_plot(
     axes = figure.subplots()
     for method, points in lines.items():
         across, up = zip(*points.values(), strict=True)
-        colour = _colour(method)
-        axes.plot(across, up, label=LABELS[method], color=colour, marker="o", ms=3, linewidth=1)
-        axes.plot(*points[chosen[method]], marker="o", ms=9, mfc="none", color=colour)
+        look = _look(method)
+        axes.plot(across, up, label=LABELS[method], **look, ms=3, linewidth=1)
+        axes.plot(*points[chosen[method]], marker="o", ms=9, mfc="none", color=look["color"])
         for rate in {min(points), max(points)}:
             axes.annotate(
                 f"{rate:g}",
@@ -481,7 +481,7 @@ def _tradeoff_plot(
                 textcoords="offset points",
                 xytext=(4, 3),
                 fontsize=6,
-                color=colour,
+                color=look["color"],
             )
     for metric, axis in ((kept, axes.xaxis), (gained, axes.yaxis)):
         axis.set_label_text(metric.label)

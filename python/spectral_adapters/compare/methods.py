@@ -510,12 +510,12 @@ class Tuned:
         """AdamW without weight decay, or StiefelAdam, and ``others`` at a rate of their own."""
         stiefel = self.method is not None and self.method.stiefel
         spectrum_rate = 1.0 if self.method is None else self.method.spectrum_rate
-        rotations = [v for n, v in self.trained.items() if ".soda_rotation." in n]
         spectra = [v for n, v in self.trained.items() if ".soda_delta." in n]
+        rest = [v for n, v in self.trained.items() if ".soda_delta." not in n]
         groups: list[dict[str, Any]] = [{"params": list(self.trained.values()), "lr": rate}]
         if stiefel or spectrum_rate != 1:
             groups = [
-                {"params": rotations, "lr": rate},
+                {"params": rest, "lr": rate},
                 {"params": spectra, "lr": rate * spectrum_rate},
             ]
         if stiefel:

@@ -55,8 +55,9 @@ def run(cell: Cell, rate: float, seed: int, flat: bool, spectrum_rate: float, ou
     for fold in range(task.folds):
         task.fold = fold
         tuned = prepare(task, cell.method, cell.budget, seed)
-        assert tuned is not None and tuned.method is not None
-        tuned = replace(tuned, method=replace(tuned.method, spectrum_rate=spectrum_rate))
+        assert tuned is not None
+        if tuned.method is not None:
+            tuned = replace(tuned, method=replace(tuned.method, spectrum_rate=spectrum_rate))
         if flat:
             flatten(tuned.model)
         trained = task.train(tuned, rate, seed)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/custom_class.h>
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <mutex>
 #include <optional>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -80,26 +82,24 @@ std::int64_t number_of(const c10::intrusive_ptr<Object>& object) {
 }
 
 // The backward of a model on several devices has a thread for each. The node behind the token owns
-// it, and who has a gradient for the pool has an edge to that.
+// it, and who has a gradient for the pool has an edge to that. Every backward pass has sums of its
+// own: one may run inside another (a reentrant checkpoint), or beside it in a thread of its own.
 class GradientPool : public Numbered<GradientPool> {
  public:
     static constexpr auto kName = "pool";
 
-    explicit GradientPool(std::int64_t count) : sums_(count) {}
+    explicit GradientPool(std::int64_t count) : count_(count) {}
 
-    // Returns the token's gradient: none, as the pool has it all. Compiled autograd, which runs a
-    // backward outside of its node, cannot add two of none and gets an empty one, like the token.
-    at::Tensor add(std::int64_t first, std::vector<at::Tensor> grads) {
+    // `source` is what the gradients were made of. Returns the token's gradient: none, as the pool
+    // has it all. Compiled autograd, which runs a backward outside of its node, cannot add two of
+    // none and gets an empty one, like the token.
+    at::Tensor add(std::int64_t first, std::vector<at::Tensor> grads, const at::Tensor& source) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const at::NoGradGuard no_grad;
-        const std::int64_t pass = torch::autograd::get_current_graph_task_id();
-        if (pass != pass_) {
-            // The pass before this one was interrupted, or left these gradients to nobody.
-            sums_.assign(sums_.size(), std::nullopt);
-            pass_ = pass;
-        }
+        Pass& pass = pass_now();
+        if (source.requires_grad()) pass.source = source;
         for (std::size_t i = 0; i < grads.size(); ++i) {
-            Optional& sum = sums_.at(first + i);
+            Optional& sum = pass.sums.at(first + i);
             sum = sum.has_value() ? *sum + grads[i] : grads[i];
         }
         if (torch::autograd::get_current_node() || grads.empty()) return {};
@@ -116,26 +116,48 @@ class GradientPool : public Numbered<GradientPool> {
     void set_rotations(std::vector<at::Tensor> rotations) {
         const std::lock_guard<std::mutex> lock(mutex_);
         TORCH_CHECK_VALUE(
-            rotations.size() == sums_.size(), "rotations must hold ", sums_.size(),
+            static_cast<std::int64_t>(rotations.size()) == count_, "rotations must hold ", count_,
             " tensors, as many as the pool was made for; got ", rotations.size());
         rotations_ = std::move(rotations);
     }
 
-    std::vector<Optional> take() {
+    // The sums of this pass, and one of their sources that has a gradient itself, if any has.
+    std::tuple<std::vector<Optional>, Optional> take() {
         const std::lock_guard<std::mutex> lock(mutex_);
-        std::vector<Optional> sums(sums_.size());
-        sums.swap(sums_);
-        if (pass_ != torch::autograd::get_current_graph_task_id()) {
-            sums.assign(sums.size(), std::nullopt);
-        }
-        return sums;
+        const auto found = passes_.find(torch::autograd::get_current_graph_task_id());
+        if (found == passes_.end()) return {std::vector<Optional>(count_), std::nullopt};
+        Pass pass = std::move(found->second);
+        passes_.erase(found);
+        return {std::move(pass.sums), std::move(pass.source)};
     }
 
  private:
+    struct Pass {
+        std::vector<Optional> sums;
+        Optional source;
+    };
+
+    // Sums that nobody takes go when their pass ends; those of one that failed go with the pool,
+    // at the next change of the parameters.
+    Pass& pass_now() {
+        const std::int64_t number = torch::autograd::get_current_graph_task_id();
+        const auto [place, is_new] = passes_.try_emplace(number);
+        if (!is_new) return place->second;
+        place->second.sums.resize(count_);
+        if (number != -1) {
+            auto self = c10::intrusive_ptr<GradientPool>::reclaim_copy(this);
+            torch::autograd::Engine::get_default_engine().queue_callback([self, number] {
+                const std::lock_guard<std::mutex> lock(self->mutex_);
+                self->passes_.erase(number);
+            });
+        }
+        return place->second;
+    }
+
+    const std::int64_t count_;
     std::mutex mutex_;
     std::vector<at::Tensor> rotations_;
-    std::vector<Optional> sums_;
-    std::int64_t pass_ = -1;
+    std::unordered_map<std::int64_t, Pass> passes_;  // by the number of the graph task
 };
 
 class Deferral : public torch::CustomClassHolder {

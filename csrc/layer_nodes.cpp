@@ -109,12 +109,18 @@ class SharedCayley : public torch::autograd::Function<SharedCayley> {
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list&) {
+        const auto pool = GradientPool::of(ctx->saved_data["pool"].toInt());
+        const auto [sums, source] = pool->take();
+        variable_list results = gradients(ctx, pool->rotations(), sums);
+        return source.has_value() ? once(*source, std::move(results)) : results;
+    }
+
+ private:
+    static variable_list gradients(
+        AutogradContext* ctx, const std::vector<Tensor>& rotations,
+        const std::vector<Optional>& sums) {
         const InsideNode inside;
-        auto& data = ctx->saved_data;
-        const auto pool = GradientPool::of(data["pool"].toInt());
-        const std::vector<std::int64_t> types = data["types"].toIntVector();
-        const std::vector<Tensor> rotations = pool->rotations();
-        const std::vector<Optional> sums = pool->take();
+        const std::vector<std::int64_t> types = ctx->saved_data["types"].toIntVector();
         std::vector<std::size_t> wanted;
         std::vector<Tensor> grads, turns;
         for (std::size_t i = 0; i < sums.size(); ++i) {
@@ -132,7 +138,6 @@ class SharedCayley : public torch::autograd::Function<SharedCayley> {
         return results;
     }
 
- private:
     // The pool lives as long as the node. A tensor, since compiled autograd takes no objects.
     static Tensor owner(const c10::intrusive_ptr<GradientPool>& pool) {
         return at::from_blob(pool.get(), {0}, [pool](void*) {}, at::kByte);
@@ -254,8 +259,9 @@ class SODALinear : public torch::autograd::Function<SODALinear> {
         }
         ++next;
         if (needs_turns) {
-            results[2] = GradientPool::of(data["pool"].toInt())
-                             ->add(data["first"].toInt(), std::vector<Tensor>(next, found.end()));
+            results[2] =
+                GradientPool::of(data["pool"].toInt())
+                    ->add(data["first"].toInt(), std::vector<Tensor>(next, found.end()), grad);
         }
         return results;
     }
@@ -410,8 +416,8 @@ class MergedLinear : public torch::autograd::Function<MergedLinear> {
         for (std::size_t i = 0; i < turns.size(); ++i) {
             turns[i] = factors[i].matmul(turns[i].to(factors[i].scalar_type()));
         }
-        results[2] =
-            GradientPool::of(data["pool"].toInt())->add(data["first"].toInt(), std::move(turns));
+        results[2] = GradientPool::of(data["pool"].toInt())
+                         ->add(data["first"].toInt(), std::move(turns), grad);
     }
 
     static std::vector<Tensor> gram(
@@ -579,7 +585,7 @@ class SpectralRLinear : public torch::autograd::Function<SpectralRLinear> {
                 if (needs_x) results[0] = found[0];
                 if (needs_turns) {
                     results[1] = GradientPool::of(data["pool"].toInt())
-                                     ->add(data["first"].toInt(), {found[1], found[2]});
+                                     ->add(data["first"].toInt(), {found[1], found[2]}, grad);
                 }
             }
         }

@@ -85,6 +85,22 @@ inline void check_basis(
     check_shape(right, "right", {left.size(1), right.size(1)});
 }
 
+inline void check_shifted(
+    const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
+    const at::Tensor& shift_left, const at::Tensor& shift_right) {
+    check_basis(left, singular_values, right);
+    check_shape(shift_left, "shift_left", left.sizes());
+    check_shape(shift_right, "shift_right", {right.size(1), right.size(0)});
+}
+
+inline void check_rotated(
+    const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
+    const at::Tensor& rotation_left, const at::Tensor& rotation_right) {
+    check_basis(left, singular_values, right);
+    check_shape(rotation_left, "rotation_left", {left.size(1), left.size(1)});
+    check_shape(rotation_right, "rotation_right", {left.size(1), left.size(1)});
+}
+
 // The ops over ATen's products. What lies between these, passes over thin or small matrices, is the
 // argument Small:
 //
@@ -133,9 +149,7 @@ struct LowRank {
         const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
         const at::Tensor& shift_left, const at::Tensor& shift_right, double scaling) {
         const NoAutocast guard(c10::autocast_dispatch_keyset);
-        check_basis(left, singular_values, right);
-        check_shape(shift_left, "shift_left", left.sizes());
-        check_shape(shift_right, "shift_right", {right.size(1), right.size(0)});
+        check_shifted(left, singular_values, right, shift_left, shift_right);
         const at::ScalarType type = x.scalar_type();
         const auto [down, up] = Small::stacked(right, shift_right, left, shift_left, type);
         const at::Tensor product = at::mm(flat(x), down.t());
@@ -149,9 +163,11 @@ struct LowRank {
         const at::Tensor& shift_left, const at::Tensor& shift_right, double scaling, bool needs_x,
         bool needs_factors) {
         const NoAutocast guard(c10::autocast_dispatch_keyset);
+        check_shifted(left, singular_values, right, shift_left, shift_right);
         const at::ScalarType type = grad.scalar_type();
         const std::int64_t r = singular_values.size(0);
         const at::Tensor flat_grad = flat(grad);
+        check_shape(thin, "thin", {flat_grad.size(0), 2 * r});
         const auto [down, up] = Small::stacked(right, shift_right, left, shift_left, type);
         const at::Tensor product = at::mm(flat_grad, up.t());
         const at::Tensor mixed = Small::mix_shifted(product, singular_values, scaling);
@@ -171,9 +187,7 @@ struct LowRank {
         const at::Tensor& left, const at::Tensor& singular_values, const at::Tensor& right,
         const at::Tensor& rotation_left, const at::Tensor& rotation_right, double scaling) {
         const NoAutocast guard(c10::autocast_dispatch_keyset);
-        check_basis(left, singular_values, right);
-        check_shape(rotation_left, "rotation_left", {left.size(1), left.size(1)});
-        check_shape(rotation_right, "rotation_right", {left.size(1), left.size(1)});
+        check_rotated(left, singular_values, right, rotation_left, rotation_right);
         const at::ScalarType type = x.scalar_type();
         const at::Tensor middle =
             Small::rotated_middle(singular_values, rotation_left, rotation_right, scaling, type);
@@ -187,8 +201,10 @@ struct LowRank {
         const at::Tensor& rotation_left, const at::Tensor& rotation_right, double scaling,
         bool needs_x, bool needs_factors) {
         const NoAutocast guard(c10::autocast_dispatch_keyset);
+        check_rotated(left, singular_values, right, rotation_left, rotation_right);
         const at::ScalarType type = grad.scalar_type();
         const at::Tensor h = at::mm(flat(grad), Small::rows(left, type).t());
+        check_shape(thin, "thin", h.sizes());
         std::vector<at::Tensor> results(3);
         if (needs_x) {
             const at::Tensor middle = Small::rotated_middle(

@@ -8,14 +8,19 @@ from support import assert_near, dense_kron, dense_soda_weight, random_rotation,
 
 from spectral_adapters import SODALinear
 from spectral_adapters.functional import (
+    SpectralBasis,
     cayley,
     kron_gram,
     kron_rotate,
+    low_rank_linear,
     rotated_linear,
     soda_linear,
 )
 
 PLANS = ("factored", "merged", "tokens")
+X = torch.ones(2, 6)
+FACTORS = [torch.eye(2), torch.eye(3)]
+BASIS = SpectralBasis(torch.eye(6), torch.ones(6), torch.eye(6))
 METHODS = list(itertools.product(("svd", "qr"), ("left", "right", None)))
 
 
@@ -41,6 +46,29 @@ def test_torch_func_sees_the_same_gradients(plan):
         trained, torch.autograd.grad(loss(trained), trained.values()), strict=True
     ):
         assert_near(gradients[name], expected)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_forward_mode_is_refused_where_there_is_no_formula(plan):
+    """Never a tangent of zero, which would be wrong in silence."""
+    layer = randomise(SODALinear.from_linear(torch.nn.Linear(6, 6), plan=plan))
+    layer.requires_grad_(False)
+    x, rotation = torch.randn(3, 6), random_rotation(6).float()
+    packed = torch.randn(1, 15)
+    for function, point in [
+        (layer, x),
+        (lambda x: kron_rotate(x, [rotation]), x),
+        (lambda packed: cayley(packed, 6), packed),
+    ]:
+        with torch.no_grad():
+            function(point)
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+            torch.func.jvp(function, (point,), (torch.ones_like(point),))
+        with (
+            torch.autograd.forward_ad.dual_level(),
+            pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"),
+        ):
+            function(torch.autograd.forward_ad.make_dual(point, torch.ones_like(point)))
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -209,6 +237,11 @@ def test_huge_and_tiny_values(plan):
         assert_near(layer(x), x.double() @ dense_soda_weight(layer).mT)
 
 
+def test_factors_may_be_a_generator():
+    y = soda_linear(X, BASIS, torch.ones(6), (factor for factor in FACTORS))
+    assert_near(y, X)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -224,7 +257,32 @@ def test_huge_and_tiny_values(plan):
         ),
         (lambda: kron_rotate(torch.zeros(2, 6), []), "at least one square matrix"),
         (lambda: kron_gram(torch.zeros(2, 6), torch.zeros(3, 6), (6,)), "b must have the shape"),
-        (lambda: kron_gram(torch.zeros(2, 6), torch.zeros(2, 6), (4,)), "dims must be positive"),
+        (lambda: kron_gram(torch.zeros(2, 6), torch.zeros(2, 6), (4,)), "dims must have product 6"),
+        (lambda: kron_rotate(torch.zeros(2, 6), [torch.eye(6).to("meta")]), "must be on cpu"),
+        (lambda: cayley([torch.zeros(1, 3), torch.zeros(1, 3).to("meta")], [3, 3]), "be on cpu"),
+        (lambda: kron_gram(torch.zeros(2, 6), torch.zeros(2, 6).to("meta"), (6,)), "and device"),
+        (lambda: rotated_linear(X, X, [torch.eye(5)]), "factors must have product 6"),
+        (lambda: rotated_linear(X, X, FACTORS, scale=torch.ones(5)), r"scale must have shape \(6,"),
+        (lambda: rotated_linear(X, X, FACTORS, bias=torch.ones(5)), r"bias must have shape \(2,"),
+        (lambda: rotated_linear(X, X, FACTORS, subtract=X.mT), "subtract must have the shape"),
+        (lambda: rotated_linear(X.long(), X, FACTORS), "x must have a floating-point dtype"),
+        (lambda: rotated_linear(X, X[0], FACTORS), "matrix must have 2 dimensions"),
+        (lambda: low_rank_linear(X.long(), X, X.mT), "x must have a floating-point dtype"),
+        (lambda: low_rank_linear(X, X, X), "up must have last dimension 2"),
+        (lambda: soda_linear(X, BASIS, torch.ones(5), FACTORS), r"spectrum must have shape \(6,"),
+        (lambda: soda_linear(X, BASIS, torch.ones(6).int(), FACTORS), "spectrum must have a float"),
+        (
+            lambda: soda_linear(X, BASIS, torch.ones(6), FACTORS, torch.ones(5)),
+            r"bias must have shape \(6,",
+        ),
+        (
+            lambda: soda_linear(X, BASIS, torch.ones(6), FACTORS, base_weight=X),
+            r"base_weight must have shape \(6, 6\)",
+        ),
+        (
+            lambda: soda_linear(X, BASIS._replace(left=X.mT), torch.ones(6), FACTORS),
+            "basis.left must have 6 columns",
+        ),
     ],
 )
 def test_bad_values_are_named(call, message):
@@ -239,6 +297,11 @@ def test_bad_values_are_named(call, message):
         (lambda: cayley([[0.0]], [2]), r"packed\[0\] must be a torch.Tensor"),
         (lambda: kron_rotate(torch.zeros(2, 4), torch.eye(4)), "factors must be a sequence"),
         (lambda: kron_rotate([[1.0]], [torch.eye(1)]), "x must be a torch.Tensor"),
+        (lambda: cayley(None, 4), "packed must be a tensor or a sequence of tensors; got NoneType"),
+        (lambda: kron_gram(X, X, (2.0, 3)), "dims must hold ints"),
+        (lambda: kron_gram(X, X, 6), "dims must be a sequence of ints"),
+        (lambda: soda_linear(X, tuple(BASIS), torch.ones(6), FACTORS), "basis must be a Spectral"),
+        (lambda: soda_linear(X, BASIS, [1.0] * 6, FACTORS), "spectrum must be a torch.Tensor"),
     ],
 )
 def test_wrong_types_are_named(call, message):

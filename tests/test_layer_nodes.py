@@ -215,7 +215,7 @@ class Gives(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        ctx.pool.add(0, ctx.grads)
+        ctx.pool.add(0, ctx.grads, ctx.grads[0])
         return None, None, None
 
 

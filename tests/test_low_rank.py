@@ -415,3 +415,53 @@ def test_low_rank_function_refuses_what_does_not_fit():
         )
     with pytest.raises(ValueError, match="x must have last dimension 4"):
         low_rank_spectral_linear(x[:, :3], weight, basis, rotations=(rotation, rotation))
+    with pytest.raises(ValueError, match="shifts must hold 2 matrices; got 1"):
+        low_rank_factors(basis, shifts=(torch.zeros(5, 2),))
+    with pytest.raises(ValueError, match=r"bias must have shape \(5,\); got \(4,\)"):
+        low_rank_spectral_linear(
+            x, weight, basis, rotations=(rotation, rotation), bias=torch.zeros(4)
+        )
+
+
+def test_low_rank_function_takes_rotations_of_any_precision():
+    basis = SpectralBasis(torch.eye(5)[:, :2], torch.ones(2), torch.eye(4)[:2])
+    x, weight, rotation = torch.randn(3, 4), torch.randn(5, 4), torch.eye(2)
+    expected = low_rank_spectral_linear(x, weight, basis, rotations=(rotation, rotation))
+    for other in (rotation.bfloat16(), rotation.double()):
+        for rotations in ((other, rotation), (other, other)):
+            found = low_rank_spectral_linear(x, weight, basis, rotations=rotations)
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("cls", [SpectralAdapterALinear, SpectralAdapterRLinear])
+def test_bad_input_of_a_layer_is_named(cls):
+    layer = cls(4, 5, r=2)
+    with pytest.raises(ValueError, match=r"x must have last dimension 4.*got shape \(3, 7\)"):
+        layer(torch.randn(3, 7))
+    with pytest.raises(ValueError, match="x must have a floating-point dtype"):
+        layer(torch.ones(3, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor; got NoneType"):
+        layer(None)
+
+
+def test_raw_ops_read_nothing_that_is_not_there():
+    """The backward ops of the extension check what their loops run over."""
+    pytest.importorskip("spectral_kernels._C", reason="needs the extension")
+    grad, x, r = torch.randn(3, 5), torch.randn(3, 4), 2
+    left, values, right = torch.randn(5, r), torch.ones(r), torch.randn(r, 4)
+    shifts, turns = (torch.randn(5, r), torch.randn(4, r)), (torch.eye(r), torch.eye(r))
+    a, r_ = torch.ops.spectral.spectral_a_linear_bwd, torch.ops.spectral.spectral_r_linear_bwd
+    needs = (1.0, True, True)
+    thin = torch.randn(3, 2 * r)
+    a(grad, x, None, thin, left, values, right, *shifts, *needs)
+    r_(grad, None, thin[:, :r], left, values, right, *turns, *needs)
+    with pytest.raises(ValueError, match="singular_values must have shape"):
+        a(grad, x, None, thin, left, values[:1], right, *shifts, *needs)
+    with pytest.raises(ValueError, match="right must have shape"):
+        a(grad, x, None, thin, left, values, right[:1], *shifts, *needs)
+    with pytest.raises(ValueError, match="thin must have shape"):
+        a(grad, x, None, thin[:, :r], left, values, right, *shifts, *needs)
+    with pytest.raises(ValueError, match="singular_values must have shape"):
+        r_(grad, None, thin[:, :r], left, values[:1], right, *turns, *needs)
+    with pytest.raises(ValueError, match="thin must have shape"):
+        r_(grad, None, thin[:2, :r], left, values, right, *turns, *needs)

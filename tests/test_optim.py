@@ -272,6 +272,11 @@ def test_reproject_is_the_nearest_orthogonal_matrix() -> None:
         assert torch.equal(x, again)
         assert (x.double() - exact).abs().max() <= limit
         assert measured_error(x) <= limit
+    alone = torch.eye(3) + 1e-3
+    reproject(alone)
+    assert measured_error(alone) <= 3e-7
+    with pytest.raises(ValueError, match=r"factors\[1\] must be square.*got shape \(3, 4\)"):
+        reproject([torch.eye(3), torch.zeros(3, 4)])
 
 
 def test_orthogonality_error_of_models_and_tensors() -> None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from unittest import mock
@@ -21,6 +22,7 @@ from spectral_adapters import (
     SpectralAdapterRLinear,
     StiefelSGD,
     autograd,
+    functional,
     planner,
     rotation_bank,
 )
@@ -839,3 +841,197 @@ def test_a_layer_that_came_before_gradients_wait_is_no_reason_to_refuse():
     model.layers[0] = copy.deepcopy(model.layers[0])
     contexts = [bank.accumulate(), bank.accumulate(), bank.accumulate(enabled=False)]
     assert_same(gradients(model, 3, contexts), expected)
+
+
+@pytest.mark.parametrize("has_nodes", [True, False])
+@pytest.mark.parametrize("plan", ["tokens", "factored", "merged"])
+def test_a_layer_inside_and_outside_of_a_checkpoint(plan, has_nodes, monkeypatch):
+    """A reentrant checkpoint's backward runs inside another and leaves it its gradients."""
+    if not has_nodes:
+        monkeypatch.setattr(autograd, "gradient_pool", autograd.GradientPool)
+    found = []
+    for in_checkpoint in (False, True):
+        model = Model(plan)
+        RotationBank.attach(model)
+
+        def forward(model, x, in_checkpoint=in_checkpoint):
+            first, *others = model.layers
+            x = first(x).tanh()  # without a gradient, a reentrant checkpoint would have none
+            for layer in others:
+                x = checkpoint(layer, x, use_reentrant=True) if in_checkpoint else layer(x)
+                x = layer(x.tanh())
+            return x
+
+        monkeypatch.setattr(Model, "forward", forward)
+        model(tokens()).square().sum().backward()
+        found.append([p.grad for p in trained(model)])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("has_nodes", [True, False])
+def test_backward_passes_in_threads(has_nodes, monkeypatch):
+    if not has_nodes:
+        monkeypatch.setattr(autograd, "gradient_pool", autograd.GradientPool)
+    model, count = Model("tokens"), 4
+    RotationBank.attach(model)
+    expected = [count * grad for grad in gradients(model)]
+    for _ in range(5):
+        model.zero_grad()
+        losses = [model(tokens()).square().sum() for _ in range(count)]
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(torch.Tensor.backward, losses))
+        assert_same([p.grad for p in trained(model)], expected)
+
+
+@pytest.mark.parametrize("has_nodes", [True, False])
+def test_gradients_that_nobody_takes_are_not_kept(has_nodes, monkeypatch):
+    if not has_nodes:
+        monkeypatch.setattr(functional, "node_of", lambda *_: None)
+        monkeypatch.setattr(autograd, "gradient_pool", autograd.GradientPool)
+    pools = []
+    monkeypatch.setattr(
+        autograd,
+        "gradient_pool",
+        lambda count, make=autograd.gradient_pool: pools.append(make(count)) or pools[-1],
+    )
+    model, x = Model("tokens"), tokens()
+    RotationBank.attach(model)
+    loss = model(x).square().sum()
+    for _ in range(2):
+        torch.autograd.grad(loss, x, retain_graph=True)
+    (pool,) = pools
+    if not has_nodes:
+        assert pool._passes == {}
+    loss.backward()
+    assert_same([p.grad for p in trained(model)], gradients(Model("tokens")))
+
+
+@pytest.mark.parametrize("has_nodes", [True, False])
+@pytest.mark.parametrize("bank", [False, True])
+@pytest.mark.parametrize("plan", ["tokens", "factored", "merged"])
+def test_a_penalty_on_rotations_gradients_is_refused(plan, bank, has_nodes, monkeypatch):
+    """Once differentiable: never a second derivative of zero in silence."""
+    if not has_nodes:
+        monkeypatch.setattr(functional, "node_of", lambda *_: None)
+        monkeypatch.setattr(autograd, "gradient_pool", autograd.GradientPool)
+    model = Model(plan)
+    if bank:
+        RotationBank.attach(model)
+    for layer in (model.layers[0], model.layers[3]):
+        rotation = list(layer.rotation_slots()[0].rotation)
+        loss = model(tokens()).square().sum()
+        grads = torch.autograd.grad(loss, rotation, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            sum(grad.square().sum() for grad in grads).backward()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("write", ["in place", "new data", "new parameter", "data twice"])
+@pytest.mark.parametrize("name", ["singular_values", "left"])
+@pytest.mark.parametrize("plan", ["factored", "merged"])
+def test_nothing_is_stale_after_a_change_of_the_basis(plan, name, write, grad):
+    model = nn.Sequential(SODALinear.from_linear(nn.Linear(64, 64), plan=plan))
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.normal_(0, 0.2)
+    RotationBank.attach(model)
+    x = torch.randn(5, 64)
+    with torch.set_grad_enabled(grad):
+        before = model(x).detach()
+        frozen = getattr(model[0], name)
+        if write == "in place":
+            with torch.no_grad():
+                frozen.mul_(1.1)
+        elif write == "new parameter":
+            setattr(model[0], name, nn.Parameter(frozen.detach() * 1.1, requires_grad=False))
+        else:
+            frozen.data = frozen.data * 1.1
+            if write == "data twice":  # comes to lie where the first one was
+                frozen.data = frozen.data * 1.1
+        after = model(x).detach()
+        assert relative_error(after, copy.deepcopy(model)[0](x)) < 1e-6
+    assert relative_error(before, after) > 1e-2
+
+
+def test_what_no_counter_sees_is_seen_when_it_is_told():
+    """In-place edits of frozen numbers through ``.data`` need :meth:`RotationBank.invalidate`."""
+    model = nn.Sequential(SODALinear.from_linear(nn.Linear(12, 12), plan="merged"))
+    bank, x = RotationBank.attach(model), torch.randn(5, 12)
+    with torch.no_grad():
+        model(x)
+        model[0].left.data.mul_(1.1)
+        bank.invalidate()
+        assert relative_error(model(x), copy.deepcopy(model)[0](x)) < 1e-6
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_a_call_returns_does_not_depend_on_earlier_ones(grad, monkeypatch):
+    """On an accelerator the factored plan keeps U R in half precision; the merged one must not
+    take it."""
+    monkeypatch.setattr(functional, "basis_dtypes", lambda x, basis, on: (x.dtype, x.dtype))
+    layer = SODALinear.from_linear(nn.Linear(64, 64))
+    with torch.no_grad():
+        for parameter in trained(layer):
+            parameter.normal_(0, 1e-2)
+    x, found = torch.randn(5, 64).bfloat16(), []
+    for plans in (["merged"], ["factored", "merged"], ["factored"], ["merged", "factored"]):
+        model = nn.Sequential(copy.deepcopy(layer))
+        RotationBank.attach(model)
+        for plan in plans:
+            model[0].plan = plan
+            with torch.set_grad_enabled(grad):
+                y = model(x)
+        found.append(y.detach())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
+
+
+def test_a_transform_over_parameters_leaves_the_bank_as_it_was():
+    model, x = Model("tokens"), tokens().detach()
+    RotationBank.attach(model)
+    expected = gradients(model)
+    values = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    stacked = {name: torch.stack([p, p]) for name, p in values.items()}
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(lambda each: torch.func.functional_call(model, each, (x,)))(stacked)
+    assert_same(gradients(model), expected)
+    found = torch.func.grad(
+        lambda each: torch.func.functional_call(model, each, (x,)).square().sum()
+    )(values)
+    assert_same([found[name] for name in values], expected)
+
+
+@pytest.mark.parametrize("plan", ["auto", "tokens"])
+def test_compiled_for_any_number_of_rows(plan):
+    model = nn.Sequential(nn.Linear(12, 12), *Model(plan).layers)
+    for bank in (False, True):
+        if bank:
+            RotationBank.attach(model)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for rows in (5, 7, 9, 400):
+            x = torch.randn(rows, 12)
+            assert relative_error(compiled(x), model(x)) < 1e-5
+
+
+def test_the_plan_that_is_told_is_the_plan_that_is_taken(calls_are_free):
+    model = nn.Sequential(SODALinear.from_linear(nn.Linear(256, 256)))
+    layer = model[0]
+    alone = layer.plan_for(128).name
+    bank = RotationBank.attach(model, accumulation_steps=64)
+    assert alone != "merged" and layer.plan_for(128).name == "merged"
+    model(torch.randn(128, 256))
+    (entry,) = bank._entries.values()
+    assert entry.folded.weight is not None
+    bank.keep = False
+    assert layer.plan_for(128).name == alone
+
+
+def test_a_number_that_is_none_is_no_change():
+    model = Model("merged")
+    bank = RotationBank.attach(model)
+    with torch.no_grad():
+        model.layers[1].delta[0] = torch.nan
+    expected = gradients(copy.deepcopy(model), passes=2)
+    found = gradients(model, 2, [bank.accumulate(), bank.accumulate(enabled=False)])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)

@@ -368,8 +368,12 @@ def test_bad_weights_and_inputs_are_named():
     conv = SODAConv2d(4, 6, 3)
     with pytest.raises(ValueError, match="x must have 3 or 4 dimensions"):
         conv(torch.randn(4, 8))
-    with pytest.raises(ValueError, match="channels"):
+    with pytest.raises(ValueError, match=r"x must have 4 channels.*got shape \(1, 3, 8, 8\)"):
         conv(torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"x must reach, with its padding, over the kernel's 3x3"):
+        conv(torch.randn(1, 4, 2, 8))
+    with pytest.raises(TypeError, match="save_factors must be True or False; got 'no'"):
+        SODALinear(24, 20, save_factors="no")
 
 
 def test_parametrised_parameters_are_found():

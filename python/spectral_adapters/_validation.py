@@ -38,6 +38,18 @@ def check_last_dimension(argument: str, value: Tensor, size: int, meaning: str) 
         )
 
 
+def check_vector(argument: str, value: Any, size: int) -> None:
+    """Raise unless ``value`` is None or a floating-point tensor [size]."""
+    if value is not None and check_tensor(argument, value).shape != (size,):
+        raise ValueError(f"{argument} must have shape ({size},); got {tuple(value.shape)}")
+
+
+def check_device(argument: str, value: Tensor, device: torch.device, meaning: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is on a device."""
+    if value.device != device:
+        raise ValueError(f"{argument} must be on {device} as {meaning}; got {value.device}")
+
+
 def check_factor_sizes(argument: str, sizes: Any, dimension: int, meaning: str) -> tuple[int, ...]:
     """Return ``sizes`` as a tuple of positive ints whose product is ``dimension``."""
     if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence):
@@ -57,8 +69,11 @@ def check_factor_sizes(argument: str, sizes: Any, dimension: int, meaning: str) 
     return tuple(sizes)
 
 
-def check_square_factors(argument: str, factors: Any) -> list[Tensor]:
-    """Return ``factors`` as a non-empty list of square floating-point matrices ``[n_i, n_i]``."""
+def check_square_factors(
+    argument: str, factors: Any, width: int | None = None, device: torch.device | None = None
+) -> list[Tensor]:
+    """Return ``factors`` as a non-empty list of square floating-point matrices ``[n_i, n_i]``, on
+    the device of x and with the product of sizes ``width``, if these are given."""
     if isinstance(factors, Tensor) or not isinstance(factors, Iterable):
         raise TypeError(
             f"{argument} must be a sequence of square matrices; got {type(factors).__name__}"
@@ -71,6 +86,11 @@ def check_square_factors(argument: str, factors: Any) -> list[Tensor]:
     for i, matrix in enumerate(matrices):
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"{argument}[{i}] must be square; got shape {tuple(matrix.shape)}")
+        if device is not None:
+            check_device(f"{argument}[{i}]", matrix, device, "x")
+    sizes = tuple([matrix.shape[0] for matrix in matrices])
+    if width is not None and prod(sizes) != width:
+        raise ValueError(f"{argument} must have product {width}; got sizes {sizes!r}")
     return matrices
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial, wraps
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
@@ -46,6 +48,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         [arg.requires_grad for arg in args if isinstance(arg, Tensor)]  # noqa: C419 (Dynamo)
     ):
         return record(function, *args)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return function.apply(*args)  # raises where there is a tangent, which no formula is for
     return function.forward(*args)
 
 
@@ -169,36 +173,57 @@ def _cayley_gradients(
 class GradientPool:
     """Gradients of rotations, added up by a model's layers during one backward pass.
 
-    :func:`gradient_pool` makes the extension's where there is one.
+    Every pass has sums of its own: one may run inside another (a reentrant checkpoint), or beside
+    it in another thread. :func:`gradient_pool` makes the extension's where there is one.
     """
 
     #: What the extension knows the pool by, if it is the extension's.
     number: int | None = None
 
     def __init__(self, count: int) -> None:
-        self._sums: list[Tensor | None] = [None] * count
-        self._pass = -1
+        self._count = count
+        #: By the number of the backward pass: the sums, and one of their sources.
+        self._passes: dict[int, tuple[list[Tensor | None], list[Tensor]]] = {}
+        self._lock = Lock()
 
-    def add(self, first: int, grads: Sequence[Tensor]) -> Tensor | None:
+    def add(self, first: int, grads: Sequence[Tensor], source: Tensor) -> Tensor | None:
         """Add the gradients of rotations number ``first`` and the following.
 
-        Returns the token's gradient: none, as the pool has it all. Compiled autograd, which runs a
-        backward outside of its node, cannot add two of none and gets an empty one, like the token.
+        ``source`` is what they were made of. Returns the token's gradient: none, as the pool has it
+        all. Compiled autograd, which runs a backward outside of its node, cannot add two of none
+        and gets an empty one, like the token.
         """
-        current = torch._C._current_graph_task_id()
-        if current != self._pass:
-            # The pass before this one was interrupted, or left these gradients to nobody.
-            self._sums, self._pass = [None] * len(self._sums), current
-        for index, grad in enumerate(grads, first):
-            known = self._sums[index]
-            self._sums[index] = grad if known is None else known + grad
+        with self._lock:
+            sums, sources = self._pass_now()
+            if source.requires_grad:
+                sources[:] = [source]
+            for index, grad in enumerate(grads, first):
+                known = sums[index]
+                sums[index] = grad if known is None else known + grad
         inside = torch._C._current_autograd_node() is not None
         return None if inside or not grads else grads[0].new_empty(0)
 
-    def take(self) -> list[Tensor | None]:
-        """The sums of this backward pass."""
-        sums, self._sums = self._sums, [None] * len(self._sums)
-        return sums if self._pass == torch._C._current_graph_task_id() else self._sums
+    def take(self) -> tuple[list[Tensor | None], Tensor | None]:
+        """The sums of this backward pass, and one of their sources that has a gradient itself, if
+        any has."""
+        empty: tuple[list[Tensor | None], list[Tensor]] = ([None] * self._count, [])
+        with self._lock:
+            sums, sources = self._passes.pop(torch._C._current_graph_task_id(), empty)
+        return sums, next(iter(sources), None)
+
+    def _pass_now(self) -> tuple[list[Tensor | None], list[Tensor]]:
+        """What the pass has that runs now.
+
+        Sums that nobody takes go when it ends; those of one that failed go with the pool, at the
+        next change of the parameters.
+        """
+        number = torch._C._current_graph_task_id()
+        if number not in self._passes:
+            self._passes[number] = ([None] * self._count, [])
+            if number != -1:
+                engine = torch.autograd.Variable._execution_engine
+                engine.queue_callback(partial(self._passes.pop, number, None))
+        return self._passes[number]
 
 
 class _ExtensionPool(GradientPool):
@@ -208,10 +233,10 @@ class _ExtensionPool(GradientPool):
         self._pool = torch.classes.spectral_nodes.GradientPool(count)
         self.number = self._pool.number()
 
-    def add(self, first: int, grads: Sequence[Tensor]) -> Tensor | None:
-        return self._pool.add(first, list(grads))
+    def add(self, first: int, grads: Sequence[Tensor], source: Tensor) -> Tensor | None:
+        return self._pool.add(first, list(grads), source)
 
-    def take(self) -> list[Tensor | None]:
+    def take(self) -> tuple[list[Tensor | None], Tensor | None]:
         return self._pool.take()
 
 
@@ -279,10 +304,16 @@ class SharedCayleyFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _cayley_gradients(ctx.pool.take(), ctx.rotations, ctx.needs_input_grad[2:])
+        return SharedCayleyFunction._gradients(ctx, *ctx.pool.take())
+
+    @staticmethod
+    @once_differentiable  # as a function of the source, which is no argument of backward
+    @outside_autocast
+    def _gradients(
+        ctx: Any, sums: list[Tensor | None], source: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        found = _cayley_gradients(sums, ctx.rotations, ctx.needs_input_grad[2:])
         cast = [
             grad if grad is None or grad.dtype is dtype else grad.to(dtype)
             for grad, dtype in zip(found, ctx.dtypes, strict=True)
@@ -326,7 +357,8 @@ class LayerRotationsFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         token = None
         if ctx.needs_input_grad[0]:
-            token = ctx.shared.pool.add(ctx.shared.first, grads)
+            source = next((grad for grad in grads if grad.requires_grad), grads[0])
+            token = ctx.shared.pool.add(ctx.shared.first, grads, source)
         return token, None, *[None] * len(grads)
 
 
@@ -586,13 +618,16 @@ class SODALinearFunction(torch.autograd.Function):
         if needs[0]:
             results[0], *found = found
         if needs_sums:
-            _hand_out(ctx, results, found, first=9)
+            _hand_out(ctx, results, found, grad, first=9)
         return tuple(results)
 
 
-def _hand_out(ctx: Any, results: list[Tensor | None], sums: Sequence[Tensor], first: int) -> None:
-    """Put ``[ds, dR_1, ..., dR_f]`` where they belong: with the scale (input 1) and the factors, or
-    with the offset, the token and its pool (inputs ``first`` and the following)."""
+def _hand_out(
+    ctx: Any, results: list[Tensor | None], sums: Sequence[Tensor], grad: Tensor, first: int
+) -> None:
+    """Put ``[ds, dR_1, ..., dR_f]``, made of ``grad``, where they belong: with the scale (input 1)
+    and the factors, or with the offset, the token and its pool (inputs ``first`` and those that
+    follow)."""
     needs = ctx.needs_input_grad
     grad_scale, *turns = sums
     if needs[1]:
@@ -600,7 +635,7 @@ def _hand_out(ctx: Any, results: list[Tensor | None], sums: Sequence[Tensor], fi
     if needs[first]:
         results[first] = grad_scale.to(ctx.offset_dtype)
     if needs[first + 1]:
-        results[first + 1] = ctx.shared.pool.add(ctx.shared.first, turns)
+        results[first + 1] = ctx.shared.pool.add(ctx.shared.first, turns, grad)
     for index, turn in enumerate(turns, first + 3):
         if needs[index]:
             results[index] = turn
@@ -778,7 +813,7 @@ class MergedLinearFunction(torch.autograd.Function):
         turned_grad = turned_grad.to(rotated.dtype)
         *grams, column_sums = eager_kron("kron_gram", rotated, turned_grad, dims, scale)
         turns = [f @ gram.to(f.dtype) for f, gram in zip(factors, grams, strict=True)]
-        _hand_out(ctx, results, [column_sums.to(scale.dtype), *turns], first=11)
+        _hand_out(ctx, results, [column_sums.to(scale.dtype), *turns], grad, first=11)
         return tuple(results)
 
 
@@ -998,7 +1033,7 @@ class SpectralRLinearFunction(torch.autograd.Function):
             ctx, grad, backward, [*needs[:7], needs_turns, needs_turns, False]
         )
         if needs_turns and grad is not None:
-            rest[0] = ctx.shared.pool.add(ctx.shared.first, (turn_left, turn_right))
+            rest[0] = ctx.shared.pool.add(ctx.shared.first, (turn_left, turn_right), grad)
         return *results, None, None, None, *rest
 
 

@@ -14,14 +14,18 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import linear, pad
 
 import spectral_kernels  # noqa: F401  (declares torch.ops.spectral)
 from spectral_adapters._validation import (
     check_choice,
+    check_device,
+    check_factor_sizes,
     check_last_dimension,
     check_square_factors,
     check_tensor,
+    check_vector,
 )
 from spectral_adapters.autograd import (
     CayleyFunction,
@@ -97,25 +101,31 @@ class FoldedBasis:
         self.rotated: Tensor | None = None
         self.weight: Tensor | None = None
         self._spectrum: Tensor | None = None
-        self._terms: tuple[Tensor, Tensor, int] | None = None
-        self._sources: tuple[Tensor | None, ...] = (None, None, None)
+        #: The terms of the spectrum, and the marks of the first.
+        self._terms: tuple[Tensor, Tensor, list[int | None]] | None = None
+        self._sources: tuple[Tensor | None, ...] = (None, None, None, None)
         self._marks: list[int | None] = []
         self._layouts: list[Any] = []
+        self._storages: list[StorageWeakRef] = []
 
     def forget(self) -> None:
         """Forget everything that was made from parameters."""
         self.rotated = self.weight = self._spectrum = None
 
+    def rotated_in(self, dtype: torch.dtype) -> Tensor | None:
+        """U R if it is kept in this very type: what a call returns does not depend on others."""
+        return None if self.rotated is None or self.rotated.dtype != dtype else self.rotated
+
     def shifted(self, singular_values: Tensor, offset: Tensor) -> Tensor:
         """``S + offset`` [k], without a gradient."""
-        version = singular_values._version
+        marks = _marks((singular_values,))
         if (
             self._spectrum is None
             or self._terms is None
             or self._terms[0] is not singular_values
-            or self._terms[2] != version
+            or self._terms[2] != marks
         ):
-            self._terms = (singular_values, offset, version)
+            self._terms = (singular_values, offset, marks)
             shift_together([self])
         assert self._spectrum is not None
         return self._spectrum
@@ -123,9 +133,13 @@ class FoldedBasis:
     def adopt(self, basis: SpectralBasis, base_weight: Tensor | None) -> None:
         """Forget everything that was made from another basis or base weight than these, and what
         was made in inference mode and cannot be used for training."""
-        sources = (basis.left, basis.right, base_weight)
+        sources = (*basis, base_weight)
         marks = _marks(sources)
-        if marks != self._marks or not all(map(is_, sources, self._sources)):
+        if (
+            marks != self._marks
+            or not all(map(is_, sources, self._sources))
+            or any([storage.expired() for storage in self._storages])  # noqa: C419 (at every call)
+        ):
             self._forget_others(sources, marks)
         if (self.rotated is None and self.weight is None) or torch.is_inference_mode_enabled():
             return
@@ -137,14 +151,16 @@ class FoldedBasis:
     def _forget_others(self, sources: tuple[Tensor | None, ...], marks: list[int | None]) -> None:
         """Forget what was made from other tensors than these or views of the same numbers.
 
-        Held, so that no other tensor comes to lie where they are.
+        Those that lie where others lay, which are gone by now, are others.
         """
         layouts: list[Any] = [
             None if t is None else (t.shape, t.stride(), t.dtype) for t in sources
         ]
-        if marks != self._marks or layouts != self._layouts:
+        were_freed = any(storage.expired() for storage in self._storages)
+        if marks != self._marks or layouts != self._layouts or were_freed:
             self.rotated = self.weight = None
         self._sources, self._layouts, self._marks = sources, layouts, marks
+        self._storages = [StorageWeakRef(t.untyped_storage()) for t in sources if t is not None]
 
 
 @torch.no_grad()
@@ -161,7 +177,7 @@ def shift_together(layers: Iterable[FoldedBasis]) -> None:
     offsets = [offset.to(values.dtype) for _, values, offset in known]
     sums = torch._foreach_add([values for _, values, _ in known], offsets)
     for (layer, values, offset), spectrum in zip(known, sums, strict=True):
-        layer._spectrum, layer._terms = spectrum, (values, offset, values._version)
+        layer._spectrum, layer._terms = spectrum, (values, offset, _marks((values,)))
 
 
 class SODATerms(NamedTuple):
@@ -225,7 +241,11 @@ def cayley(
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"n must be an int when packed is one tensor; got {n!r}")
         return _cayley_list([packed], [n])[0]
-    if isinstance(n, int) or len(packed) != len(n):
+    if isinstance(packed, (str, bytes)) or not isinstance(packed, Sequence):
+        raise TypeError(
+            f"packed must be a tensor or a sequence of tensors; got {type(packed).__name__}"
+        )
+    if not isinstance(n, Sequence) or len(packed) != len(n):
         raise ValueError(
             f"n must hold one size for each of the {len(packed)} batches in packed; got {n!r}"
         )
@@ -240,6 +260,7 @@ def _cayley_list(packed: list[Tensor], sizes: list[int]) -> tuple[Tensor, ...]:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n must be at least 1; got {n!r}")
         check_tensor(f"packed[{i}]", batch, ndim=2)
+        check_device(f"packed[{i}]", batch, packed[0].device, "packed[0]")
         check_last_dimension(f"packed[{i}]", batch, packed_length(n), f"n(n-1)/2 for n = {n}")
         batches.append(_at_least_fp32(batch).contiguous())
     return apply(CayleyFunction, tuple(sizes), *batches)
@@ -270,8 +291,8 @@ def kron_rotate(
     Returns:
         [..., k] in the dtype of ``x``; accumulated in fp32 (fp64 for fp64).
     """
-    matrices = check_square_factors("factors", factors)
     check_tensor("x", x)
+    matrices = check_square_factors("factors", factors, device=x.device)
     width = prod([matrix.shape[0] for matrix in matrices])
     check_last_dimension("x", x, width, "the product of the factors' sizes")
     matrices = [_match_accumulation(matrix, x) for matrix in matrices]
@@ -294,14 +315,12 @@ def kron_gram(a: Tensor, b: Tensor, dims: Sequence[int]) -> tuple[tuple[Tensor, 
     """
     check_tensor("a", a, ndim=2)
     check_tensor("b", b, ndim=2)
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         raise ValueError(
-            "b must have the shape and dtype of a; got "
-            f"{tuple(b.shape)} {b.dtype} for {tuple(a.shape)} {a.dtype}"
+            "b must have the shape, dtype and device of a; got "
+            f"{tuple(b.shape)} {b.dtype} {b.device} for {tuple(a.shape)} {a.dtype} {a.device}"
         )
-    sizes = tuple(dims)
-    if not sizes or any(size < 1 for size in sizes) or prod(sizes) != a.shape[1]:
-        raise ValueError(f"dims must be positive with product {a.shape[1]}; got {sizes!r}")
+    sizes = check_factor_sizes("dims", dims, a.shape[1], "the columns of a and b")
     *grams, column_sums = apply(KronGramFunction, a, b, sizes)
     return tuple(grams), column_sums
 
@@ -330,10 +349,51 @@ def rotated_linear(
         on_tokens: rotate the rows of x instead of those of M; the same product.
 
     Returns:
-        [..., rows] in the dtype of x.
+        [..., rows] in the dtype of x (the autocast dtype under autocast).
+
+    Raises:
+        TypeError, ValueError: a shape or dtype does not fit, naming the argument.
     """
     if on_tokens and subtract is not None:
         raise ValueError("subtract must be None when on_tokens is True; got a tensor")
+    check_tensor("matrix", matrix, ndim=2)
+    check_tensor("x", x)
+    check_last_dimension("x", x, matrix.shape[1], "the columns of matrix")
+    matrices = check_square_factors("factors", factors, matrix.shape[1], x.device)
+    check_vector("scale", scale, matrix.shape[1])
+    check_vector("bias", bias, matrix.shape[0])
+    if subtract is not None:
+        check_tensor("subtract", subtract)
+        if subtract.shape != matrix.shape:
+            raise ValueError(
+                f"subtract must have the shape of matrix, {tuple(matrix.shape)}; "
+                f"got {tuple(subtract.shape)}"
+            )
+    bias = None if bias is None else bias.to(x.dtype)
+    return _rotated_linear(
+        x,
+        matrix,
+        matrices,
+        scale=scale,
+        subtract=subtract,
+        bias=bias,
+        transpose=transpose,
+        on_tokens=on_tokens,
+    )
+
+
+def _rotated_linear(
+    x: Tensor,
+    matrix: Tensor,
+    factors: Sequence[Tensor],
+    *,
+    scale: Tensor | None = None,
+    subtract: Tensor | None = None,
+    bias: Tensor | None = None,
+    transpose: bool = False,
+    on_tokens: bool = False,
+) -> Tensor:
+    """:func:`rotated_linear` of what is known to fit."""
     return apply(
         RotatedLinearFunction, x, scale, matrix, subtract, bias, transpose, on_tokens, *factors
     )
@@ -386,11 +446,13 @@ def soda_linear(
         [..., out] in the dtype of x (the autocast dtype under autocast). GEMMs run in that dtype on
         accelerators and in at least fp32 on the CPU; small sums always accumulate in fp32.
     """
-    _check_soda(basis, spectrum, factors, decomposition, rotation)
+    factors = _check_soda(basis, spectrum, factors, decomposition, rotation)
     check_choice("plan", plan, ("auto", *PLANS))
     check_recompute(recompute, decomposition, rotation)
     check_tensor("x", x)
     check_last_dimension("x", x, basis.right.shape[1], "the layer's in_features")
+    check_vector("bias", bias, basis.left.shape[0])
+    _check_base_weight(base_weight, basis)
 
     return adapted_product(
         x,
@@ -424,6 +486,9 @@ def adapted_product(
     training = torch.is_grad_enabled()
     trained = spectrum if offset is None else offset
     fixed_spectrum = folded is not None and not (training and trained.requires_grad)
+    uses = 1
+    if folded is not None and keeps_builds(decomposition, rotation, recompute):
+        uses = folded.uses
     # Tracing cannot see into a cache, and would warn of it.
     choose = choose_plan if torch.compiler.is_compiling() else remembered_plan
     name = choose(
@@ -435,7 +500,7 @@ def adapted_product(
         rotation=rotation,
         plan=plan,
         backward=training,
-        uses=1 if folded is None else folded.uses,
+        uses=uses,
         has_base=base_weight is not None,
         fixed_spectrum=fixed_spectrum,
         rates=rates_for(x.device, work_dtype, sizes),
@@ -498,7 +563,7 @@ def _spectral_product(
     node = None if shared is None or offset is None else node_of("soda_linear", x, shared)
     if node is not None:
         assert shared is not None
-        kept = None if folded is None else folded.rotated
+        kept = None if folded is None else folded.rotated_in(x.dtype)
         flags = (on_tokens, recompute, folded is not None)
         behind = (offset, shared.token, shared.pool.number, shared.first, factors)
         y, *made = node(x, spectrum, left, right, bias, kept, *flags, *behind)
@@ -512,7 +577,7 @@ def _spectral_product(
         left,
         right,
         bias,
-        None if folded is None else folded.rotated,
+        None if folded is None else folded.rotated_in(x.dtype),
         on_tokens,
         recompute,
         folded is not None,
@@ -539,21 +604,22 @@ def _merged_product(
     base_weight: Tensor | None,
 ) -> Tensor:
     """The merged plan of svd left; x and bias already in the working dtype."""
-    kept = None if folded is None else folded.weight
+    kept = rotated = None
+    if folded is not None:
+        kept = folded.weight
+        rotated = folded.rotated_in(torch.promote_types(basis.left.dtype, torch.float32))
     if kept is not None and kept.dtype != x.dtype:
         kept = None
     node = None if shared is None or offset is None else node_of("merged_linear", x, shared)
     if node is not None:
         assert shared is not None
-        rotated, gradient = None, None
-        if folded is not None:
-            rotated, gradient = folded.rotated, folded.gradient.number
+        gradient = None if folded is None else folded.gradient.number
         behind = (recompute, offset, shared.token, shared.pool.number, shared.first, factors)
         y, *made = node(x, spectrum, *basis, base_weight, bias, kept, rotated, gradient, *behind)
         if folded is not None and not recompute:
             _keep(folded, *made)
         return y
-    y, weight, rotated = (apply if shared is None else record)(
+    y, *made = (apply if shared is None else record)(
         MergedLinearFunction,
         x,
         spectrum,
@@ -561,7 +627,7 @@ def _merged_product(
         base_weight,
         bias,
         kept,
-        None if folded is None else folded.rotated,
+        rotated,
         None if folded is None else folded.gradient,
         recompute,
         offset,
@@ -570,7 +636,7 @@ def _merged_product(
         *factors,
     )
     if folded is not None and not recompute:
-        _keep(folded, weight, rotated)
+        _keep(folded, *made)
     return y
 
 
@@ -580,6 +646,11 @@ def _keep(folded: FoldedBasis, weight: Tensor | None = None, rotated: Tensor | N
         folded.weight = weight
     if rotated is not None:
         folded.rotated = rotated
+
+
+def keeps_builds(decomposition: str, rotation: str | None, recompute: bool) -> bool:
+    """Whether what the merged plan builds may be kept for further passes."""
+    return (decomposition, rotation) == ("svd", "left") and not recompute
 
 
 def check_recompute(recompute: bool, decomposition: str, rotation: str | None) -> None:
@@ -607,7 +678,7 @@ def _soda_product(
     left, right = basis.left, basis.right.to(x.dtype)
     if rotation == "right":
         assert factors is not None
-        z = rotated_linear(x, basis.right, factors, transpose=True, on_tokens=on_tokens)
+        z = _rotated_linear(x, basis.right, factors, transpose=True, on_tokens=on_tokens)
     else:
         z = linear(x, right)
     if decomposition == "svd":
@@ -615,7 +686,7 @@ def _soda_product(
     if rotation == "left":
         assert factors is not None
         t = z + x[..., : z.shape[-1]] * spectrum.to(x.dtype)
-        return rotated_linear(t, left, factors, bias=bias, on_tokens=on_tokens)
+        return _rotated_linear(t, left, factors, bias=bias, on_tokens=on_tokens)
     y = linear(z, left.to(x.dtype), bias)
     return y + pad(z * spectrum.to(z.dtype), (0, y.shape[-1] - z.shape[-1]))
 
@@ -632,7 +703,7 @@ def spectral_output(
     """Second half of an SVD product: z = x V [..., k] to (z * s)(U R)^T + bias [..., out]."""
     if factors is None:
         return linear(z * spectrum.to(z.dtype), basis.left.to(z.dtype), bias)
-    return rotated_linear(z, basis.left, factors, scale=spectrum, bias=bias, on_tokens=on_tokens)
+    return _rotated_linear(z, basis.left, factors, scale=spectrum, bias=bias, on_tokens=on_tokens)
 
 
 def soda_weight(
@@ -650,7 +721,8 @@ def soda_weight(
     exact ``dW`` (zero to the last bit for an untrained adapter); without it, the product of the
     factors. In the wider of the dtypes of basis and ``base_weight``.
     """
-    _check_soda(basis, spectrum, factors, decomposition, rotation)
+    factors = _check_soda(basis, spectrum, factors, decomposition, rotation)
+    _check_base_weight(base_weight, basis)
     if base_weight is not None and rotation == "right":
         # A rotation by identities changes no bit, so W0 itself may be rotated.
         assert factors is not None
@@ -666,7 +738,7 @@ def soda_weight(
         return _svd_weight(basis, spectrum, factors or (), None)
     if rotation == "left":
         assert factors is not None
-        return rotated_linear((right + _diagonal(spectrum, right)).mT, left, factors).mT
+        return _rotated_linear((right + _diagonal(spectrum, right)).mT, left, factors).mT
     if decomposition == "svd":
         weight = _svd_weight(basis, spectrum, (), None)
     else:
@@ -692,13 +764,13 @@ def soda_delta_weight(
     V^T``.
     Arguments as in :func:`soda_linear`.
     """
-    _check_soda(basis, spectrum, factors, decomposition, rotation)
+    factors = _check_soda(basis, spectrum, factors, decomposition, rotation)
     left, singular_values, right = basis
     if rotation == "left":
         assert factors is not None
         if decomposition == "svd":
             return _svd_weight(basis, spectrum, factors, singular_values)
-        turned = rotated_linear(
+        turned = _rotated_linear(
             # A view: Dynamo takes no tensor twice among the inputs of one Function.
             (right + _diagonal(spectrum, right)).mT,
             left,
@@ -812,7 +884,14 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """``x (up @ down)^T``: x [..., in], down [q, in], up [out, q] to [..., out].
 
     In the dtype of x (the autocast dtype under autocast); GEMMs as in :func:`soda_linear`.
+
+    Raises:
+        TypeError, ValueError: a shape or dtype does not fit, naming the argument.
     """
+    check_tensor("x", x)
+    check_tensor("down", down, ndim=2)
+    check_last_dimension("x", x, down.shape[1], "the columns of down")
+    check_last_dimension("up", check_tensor("up", up, ndim=2), down.shape[0], "the rows of down")
     return adapted_linear(LowRankLinearFunction, x, (down, up))
 
 
@@ -913,11 +992,16 @@ def low_rank_spectral_linear(
     frozen = _check_low_rank(basis, shifts, rotations)
     thin = (basis.left, basis.right.mT)
     _check_shapes("basis", thin, ((weight.shape[0], -1), (weight.shape[1], -1)))
+    check_vector("bias", bias, weight.shape[0])
     if shifts is not None:
         factors = (*frozen, *shifts)
         return adapted_linear(SpectralALinearFunction, x, factors, weight=weight, bias=bias)
     assert rotations is not None
-    factors = (*frozen, *rotations)
+    dtype = torch.promote_types(rotations[0].dtype, rotations[1].dtype)
+    factors = (
+        *frozen,
+        *[at_least(rotation, torch.promote_types(dtype, torch.float32)) for rotation in rotations],
+    )
     return adapted_linear(SpectralRLinearFunction, x, factors, weight=weight, bias=bias)
 
 
@@ -925,6 +1009,8 @@ def _check_shapes(
     argument: str, values: Sequence[Tensor], shapes: Sequence[tuple[int, int]]
 ) -> None:
     """Raise ``ValueError`` unless the matrices have these shapes; -1 allows any size."""
+    if len(values) != len(shapes):
+        raise ValueError(f"{argument} must hold {len(shapes)} matrices; got {len(values)}")
     for i, (value, shape) in enumerate(zip(values, shapes, strict=True)):
         check_tensor(f"{argument}[{i}]", value, ndim=2)
         if any(wanted not in (-1, size) for size, wanted in zip(value.shape, shape, strict=True)):
@@ -950,12 +1036,21 @@ def _check_soda(
     factors: Sequence[Tensor] | None,
     decomposition: str,
     rotation: str | None,
-) -> None:
+) -> list[Tensor] | None:
+    """The factors, if all that a SODA layer is made of fits together."""
     check_choice("decomposition", decomposition, DECOMPOSITIONS)
     check_choice("rotation", rotation, ROTATIONS)
+    if not isinstance(basis, SpectralBasis):
+        raise TypeError(f"basis must be a SpectralBasis; got {type(basis).__name__}")
+    check_tensor("basis.left", basis.left, ndim=2)
+    check_tensor("basis.right", basis.right, ndim=2)
     rank = basis.right.shape[0]
-    if spectrum.shape != (rank,):
-        raise ValueError(f"spectrum must have shape ({rank},); got {tuple(spectrum.shape)}")
+    if basis.left.shape[1] != rank:
+        raise ValueError(
+            f"basis.left must have {rank} columns, one for each row of basis.right; "
+            f"got shape {tuple(basis.left.shape)}"
+        )
+    check_vector("spectrum", check_tensor("spectrum", spectrum), rank)
     if (basis.singular_values is None) != (decomposition == "qr"):
         expected = "None" if decomposition == "qr" else "a tensor [k]"
         raise ValueError(
@@ -965,17 +1060,19 @@ def _check_soda(
     if rotation is None:
         if factors:
             raise ValueError(
-                f"factors must be None without a rotation; got {len(factors)} matrices"
+                f"factors must be None without a rotation; got {type(factors).__name__}"
             )
-        return
-    matrices = check_square_factors("factors", factors)
+        return None
     width = rank if rotation == "left" else basis.right.shape[1]
-    product = prod([matrix.shape[0] for matrix in matrices])
-    if product != width:
-        sizes = tuple(matrix.shape[0] for matrix in matrices)
-        raise ValueError(
-            f"factors must have product {width} for rotation={rotation!r}; got sizes {sizes!r}"
-        )
+    return check_square_factors("factors", factors, width)
+
+
+def _check_base_weight(base_weight: Tensor | None, basis: SpectralBasis) -> None:
+    if base_weight is None:
+        return
+    shape = (basis.left.shape[0], basis.right.shape[1])
+    if check_tensor("base_weight", base_weight).shape != shape:
+        raise ValueError(f"base_weight must have shape {shape}; got {tuple(base_weight.shape)}")
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

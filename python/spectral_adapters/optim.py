@@ -389,14 +389,20 @@ def orthogonality_error(factors: nn.Module | Tensor | Iterable[Tensor]) -> float
 
 
 @torch.no_grad()
-def reproject(factors: Iterable[Tensor]) -> None:
+def reproject(factors: Tensor | Iterable[Tensor]) -> None:
     """Move factors [n, n] or [B, n, n] to the nearest orthogonal matrices, in place.
 
     The polar factor by Newton-Schulz iterations in float64, for factors that are orthogonal to 1e-2
     or better, as those of the optimizers always are; deterministic, and nothing waits for the
     device. Rounded to fp32, max|X^T X - I| is then about 1e-7.
+
+    Raises:
+        ValueError: a factor that is not square.
     """
-    for factor in factors:
+    matrices = [factors] if isinstance(factors, Tensor) else list(factors)
+    for i, factor in enumerate(matrices):
+        _check_square(f"factors[{i}]", factor)
+    for factor in matrices:
         with full_precision(factor.device.type):
             exact = factor.double()
             for _ in range(PROJECTION_ITERATIONS):
@@ -488,12 +494,16 @@ def _check_factor(name: str, factor: Tensor) -> None:
         )
 
 
-def _distance(name: str, factor: Tensor) -> Tensor:
-    """max|X^T X - I| of [n, n] or [B, n, n] in its own dtype, a scalar on its device."""
+def _check_square(name: str, factor: Tensor) -> None:
     if factor.dim() not in (2, 3) or factor.shape[-1] != factor.shape[-2]:
         raise ValueError(
             f"{name} must be square, [n, n] or [B, n, n]; got shape {tuple(factor.shape)}"
         )
+
+
+def _distance(name: str, factor: Tensor) -> Tensor:
+    """max|X^T X - I| of [n, n] or [B, n, n] in its own dtype, a scalar on its device."""
+    _check_square(name, factor)
     if factor.numel() == 0:
         return factor.new_zeros(())
     with full_precision(factor.device.type):

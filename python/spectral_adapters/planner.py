@@ -197,7 +197,10 @@ def choose_plan(
     )
     if plan != "auto":
         return PlanChoice(plan, "forced", units)
-    best = min(units, key=lambda name: units[name])
+    best = "factored"
+    for name in units:  # no min(), whose key Dynamo cannot look into where sizes are symbols
+        if units[name] < units[best]:
+            best = name
     return PlanChoice(best, f"cheapest by the cost model, {rates.source}", units)
 
 

@@ -44,6 +44,9 @@ from spectral_adapters.functional import (
 __all__ = ["BankedRotation", "RotatedLayer", "RotationBank", "RotationSlot"]
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class RotationSlot(NamedTuple):
     """One rotation of a layer.
 
@@ -401,6 +404,8 @@ class RotationBank:
         if torch.compiler.is_compiling():
             self._trace()
             return
+        if torch._C._are_functorch_transforms_active():
+            return  # the layers compute their own, of what stands in for their parameters
         is_nested = self._outermost is not None and self._outermost != id(root)
         if not is_nested:
             self._outermost = id(root)
@@ -594,11 +599,16 @@ def _flat_copies(parameters: list[nn.Parameter]) -> list[Tensor]:
 
 
 def _are_equal(copies: list[Tensor], others: list[Tensor]) -> bool:
-    """Whether two results of :func:`_flat_copies` hold the same numbers in the same places."""
+    """Whether two results of :func:`_flat_copies` hold the same bits in the same places: NaN, too,
+    is what it was."""
     return len(copies) == len(others) and all(
-        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+        a.device == b.device and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
         for a, b in zip(copies, others, strict=True)
     )
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    return numbers.view(_INTEGERS[numbers.itemsize])
 
 
 def _is_capturing() -> bool:

@@ -40,6 +40,8 @@ class SpectralModule(nn.Module):
 
     def __init__(self, *, save_factors: bool) -> None:
         super().__init__()
+        if not isinstance(save_factors, bool):
+            raise TypeError(f"save_factors must be True or False; got {save_factors!r}")
         self.save_factors = save_factors
         self.register_state_dict_post_hook(_leave_out_frozen)
 
@@ -100,6 +102,10 @@ class SpectralModule(nn.Module):
             if reason is not None:
                 layer = prefix.rstrip(".") or type(self).__name__
                 error_msgs.append(f"{layer}: this adapter is refused, {reason}")
+                # Modules below this one, which load after it, must keep what they have, too.
+                for name, own in (*self.named_parameters(), *self.named_buffers()):
+                    if prefix + name in state_dict:
+                        state_dict[prefix + name] = own.detach()
                 return
             for name, own in self._frozen().items():
                 state_dict[prefix + name] = own

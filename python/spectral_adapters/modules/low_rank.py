@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from spectral_adapters._validation import check_last_dimension, check_tensor
 from spectral_adapters.absorption import absorbed_columns
 from spectral_adapters.autograd import (
     SharedRotations,
@@ -124,6 +125,8 @@ class SpectralAdapterLinear(SpectralModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        check_tensor("x", x)
+        check_last_dimension("x", x, self.in_features, "the layer's in_features")
         base = self.base
         assert self.singular_values is not None
         trained, shared = self._trained()

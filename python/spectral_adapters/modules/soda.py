@@ -29,6 +29,7 @@ from spectral_adapters.functional import (
     autocast_is_on,
     basis_dtypes,
     check_recompute,
+    keeps_builds,
     soda_delta_weight,
     soda_weight,
     spectral_output,
@@ -248,9 +249,16 @@ class SODAModule(SpectralModule, RotatedLayer):
             self.right.shape[1],
             self.factor_sizes or None,
             plan=self.plan if self._quantization is None else "tokens",
+            uses=self._sharing_a_build(),
             rates=rates_for(device, dtype, self.factor_sizes),
             **self._method(),
         )
+
+    def _sharing_a_build(self) -> int:
+        """Forward passes of a training step that share one build of the adapted weight."""
+        bank = self._rotation_bank
+        keeps = keeps_builds(self.decomposition, self.rotation_side, self.recompute)
+        return 1 if bank is None or not (bank.keep and keeps) else bank.accumulation_steps
 
     def extra_repr(self) -> str:
         shape = "x".join(str(size) for size in self._weight_shape())
@@ -518,9 +526,20 @@ class SODAConv2d(SODAModule):
             raise ValueError(f"x must have 3 or 4 dimensions; got shape {tuple(x.shape)}")
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0))[0]
-        check_last_dimension("x.movedim(1, -1)", x.movedim(1, -1), self.in_channels, "channels")
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x must have {self.in_channels} channels (the layer's in_channels); "
+                f"got shape {tuple(x.shape)}"
+            )
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        given = tuple(x.shape)
         x = pad(x, self._edges, mode=mode) if any(self._edges) else x
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if x.shape[2] < reach[0] or x.shape[3] < reach[1]:
+            raise ValueError(
+                f"x must reach, with its padding, over the kernel's {reach[0]}x{reach[1]}; "
+                f"got shape {given}"
+            )
         basis, term, factors, *_ = self._terms()
         result, work = basis_dtypes(x, basis, autocast_is_on(x.device.type))
         with without_autocast(x.device):
@@ -552,6 +571,9 @@ class SODAConv2d(SODAModule):
         terms = SODATerms(basis, term, factors)
         y = adapted_product(patches, terms, bias, plan=plan, **self._method())
         return y.mT.reshape(x.shape[0], self.out_channels, height, width)
+
+    def _sharing_a_build(self) -> int:
+        return 1  # nothing is kept
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)

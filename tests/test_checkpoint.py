@@ -4,8 +4,10 @@ This file is also a script: training in two processes, one of which may die.
 """
 
 import contextlib
+import copy
 import errno
 import faulthandler
+import hashlib
 import json
 import math
 import os
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -285,17 +288,64 @@ def test_models_without_an_adapter_are_saved_whole(tmp_path):
         load_checkpoint(path, {"a": nn.Linear(6, 6), "b": nn.Linear(2, 2)})
 
 
+class Odd:
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def test_states_whose_paths_read_the_same_survive(tmp_path):
+    state = {"a.b": 1, "a": {"b": 2, "c": [3]}, "a.c.0": 4, 1: 5, "1": 6}
+
+    def tensors(value):
+        if isinstance(value, dict):
+            return {key: tensors(entry) for key, entry in value.items()}
+        return [tensors(v) for v in value] if isinstance(value, list) else torch.tensor(value)
+
+    stateful = {"x": Odd(tensors(state)), "x.a": Odd({"b": torch.tensor(7)})}
+    path = save_checkpoint(tmp_path, nn.Linear(1, 1), step=1, stateful=stateful)
+    found = {name: Odd(None) for name in stateful}
+    load_checkpoint(path, nn.Linear(1, 1), stateful=found)
+    assert found["x"].state == tensors(state)
+    assert found["x.a"].state == {"b": torch.tensor(7)}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("argument", ["scheduler", "stateful"])
+def test_a_scheduler_gets_its_milestones_back_as_they_were(nested, argument, tmp_path):
+    schedulers = torch.optim.lr_scheduler
+
+    def build():
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scheduler = schedulers.MultiStepLR(optimizer, [2, 4, 4, 6])
+        if nested:
+            first = schedulers.LinearLR(optimizer, 0.2, total_iters=2)
+            scheduler = schedulers.SequentialLR(optimizer, [first, scheduler], milestones=[1])
+        given = {argument: scheduler if argument == "scheduler" else {"s": scheduler}}
+        return scheduler, {"model": model, "optimizer": optimizer, **given}
+
+    scheduler, given = build()
+    path = save_checkpoint(tmp_path, step=1, **given)
+    resumed, given = build()
+    load_checkpoint(path, **given)
+    inner = resumed._schedulers[1] if nested else resumed
+    assert type(inner.milestones) is Counter and inner.milestones == Counter([2, 4, 4, 6])
+    with warnings.catch_warnings():
+        # Steps by number are deprecated, and there are no steps of the optimizer.
+        warnings.simplefilter("ignore")
+        for other in (scheduler, resumed):
+            other._schedulers[1].step(5) if nested else other.step(5)
+    assert resumed.state_dict().keys() == scheduler.state_dict().keys()
+    assert resumed.optimizer.param_groups[0]["lr"] == scheduler.optimizer.param_groups[0]["lr"]
+
+
 def test_states_of_unusual_shape_survive(tmp_path):
-    class Odd:
-        def __init__(self, state):
-            self.state = state
-
-        def state_dict(self):
-            return self.state
-
-        def load_state_dict(self, state):
-            self.state = state
-
     state = {
         1: (1, [2.5, None], {"x": True}),
         "inf": math.inf,
@@ -706,7 +756,10 @@ def test_another_model_or_optimizer_is_refused_before_anything_changes(two):
         r"arguments must be .*\['optimizer', 'scheduler'\]; got \['scheduler'\]": {
             "optimizer": None
         },
-        r"parameter groups.*without": {"optimizer": torch.optim.SGD(trained(other.model)[1:], 1.0)},
+        r"parameter groups.*without": {"optimizer": torch.optim.AdamW(trained(other.model)[1:])},
+        r"optimizer must be of the class .*, AdamW; got SGD": {
+            "optimizer": torch.optim.SGD(trained(other.model), 1.0)
+        },
         r"must have an adapter": {"model": base_model(), "optimizer": None},
     }.items():
         with pytest.raises(CheckpointError, match=message):
@@ -719,6 +772,90 @@ def test_another_model_or_optimizer_is_refused_before_anything_changes(two):
     assert not other.optimizer.state
 
 
+def test_one_refused_component_leaves_all_as_they_were(tmp_path):
+    """The last of several: of another shape, with other parameters, on another base weight."""
+    from spectral_adapters.peft import refresh_factors
+
+    def moved(model):
+        with torch.no_grad():
+            for parameter in trained(model):
+                parameter.add_(torch.rand_like(parameter))
+        return model
+
+    def plain(**last):
+        return nn.Sequential(nn.Linear(2, 2), nn.Linear(**{"in_features": 3, **last}))
+
+    other_base = adapted_model()
+    with torch.no_grad():
+        other_base.get_base_model()[3].base_layer.weight.add_(1.0)
+    refresh_factors(other_base)
+    cases = {
+        "shape": (plain(out_features=3), plain(out_features=4), CheckpointError),
+        "keys": (plain(out_features=3), plain(out_features=3, bias=False), CheckpointError),
+        "config": (adapted_model(), adapted_model("stiefel"), CheckpointError),
+        "base": (moved(adapted_model()), moved(other_base), RuntimeError),
+    }
+
+    def models(last):
+        return {"a": moved(adapted_model()), "b": nn.Linear(2, 2), "c": last}
+
+    for name, (saved, here, error) in cases.items():
+        path = save_checkpoint(tmp_path / name, models(saved), step=1)
+        parts = models(here)
+        before = {part: copy.deepcopy(model.state_dict()) for part, model in parts.items()}
+        with pytest.raises(error):
+            load_checkpoint(path, parts)
+        for part, model in parts.items():
+            assert_same(before[part], model.state_dict())
+
+
+def test_other_classes_and_models_are_refused(tmp_path):
+    """Also by a checkpoint from before they were named, and shapes of what is trained outside."""
+
+    def build(bias=False):
+        model = adapted_model()
+        model.get_base_model()[0].base_layer.bias.requires_grad_(bias)
+        optimizer = torch.optim.SGD(trained(model), lr=0.1)
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+    path = save_checkpoint(tmp_path / "new", *build(), step=1)
+    model, optimizer, _ = build()
+    with pytest.raises(CheckpointError, match=r"scheduler must be .*, StepLR; got ExponentialLR"):
+        load_checkpoint(
+            path, model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        )
+    adam = torch.optim.AdamW(trained(model))
+    step = torch.optim.lr_scheduler.StepLR(adam, 2)
+    with pytest.raises(CheckpointError, match=r"optimizer must be .*, SGD; got AdamW"):
+        load_checkpoint(path, model, adam, step)
+    edit_state(path, lambda state: [state.pop(name) for name in ("classes", "components")])
+    with pytest.raises(CheckpointError, match=r"has no \['amsgrad', 'betas'.*got AdamW"):
+        load_checkpoint(path, model, adam, step)
+    assert load_checkpoint(path, *build()).step == 1
+
+    two = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
+    path = save_checkpoint(tmp_path / "two", two, step=1)
+    with pytest.raises(CheckpointError, match=r"models must be .*\['a', 'b'\]; got \['a'\]"):
+        load_checkpoint(path, {"a": two["a"]})
+
+    path = save_checkpoint(tmp_path / "outside", *build(bias=True), step=1)
+    model, optimizer, scheduler = build(bias=True)
+    model.get_base_model()[0].base_layer.bias.data = torch.zeros(9)
+    with pytest.raises(CheckpointError, match=r"bias must have shape \(8,\) and has \(9,\)"):
+        load_checkpoint(path, model, optimizer, scheduler)
+
+
+def edit_state(path, edit):
+    """Change what a checkpoint says, and its manifest with it."""
+    file, manifest = path / "state.json", json.loads((path / "manifest.json").read_text())
+    state = json.loads(file.read_text())
+    edit(state)
+    file.write_text(json.dumps(state))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest["files"]["state.json"] = {"bytes": file.stat().st_size, "sha256": digest}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -727,7 +864,12 @@ def test_another_model_or_optimizer_is_refused_before_anything_changes(two):
         ({"keep": 0}, ValueError, "keep must be at least 1; got 0"),
         ({"extra": {"x": {1, 2}}}, TypeError, "extra must be made of"),
         ({"extra": {1: 2}}, TypeError, "extra must be made of"),
+        ({"extra": [1]}, TypeError, r"extra must be made of .*got \[1\]"),
         ({"stateful": {"x": 3}}, TypeError, r"stateful\['x'\] must be a torch\.Generator"),
+        ({"stateful": [1]}, TypeError, r"stateful must be a dict with strings for keys; got \[1\]"),
+        ({"stateful": {1: torch.Generator()}}, TypeError, "stateful must be a dict with strings"),
+        ({"optimizer": "adam"}, TypeError, r"optimizer must be a torch\.optim\.Optimizer; got str"),
+        ({"scheduler": "cosine"}, TypeError, "scheduler must .*state_dict; got str"),
         ({"model": {}}, TypeError, "model must be a module, or a dict"),
         ({"model": {"../x": nn.Linear(1, 1)}}, ValueError, r"got '\.\./x'"),
         (
@@ -742,6 +884,10 @@ def test_bad_arguments_are_named(options, error, message, tmp_path):
     with pytest.raises(error, match=message):
         save_checkpoint(tmp_path, **options)
     assert not list(tmp_path.iterdir())
+    if error is TypeError and options.keys() & {"stateful", "optimizer", "scheduler"}:
+        path = save_checkpoint(tmp_path, nn.Linear(2, 2), step=options.pop("step"))
+        with pytest.raises(error, match=message):
+            load_checkpoint(path, **options)
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_to_do(two):

@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 import accelerate
+from peft import inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
 
@@ -123,6 +124,31 @@ def test_checkpoint_hooks_lose_nothing(tmp_path):
     accelerator.prepare(pipe.text_encoder)
     with pytest.raises(ValueError, match=r"components must hold every prepared model.*CLIPText"):
         accelerator.save_state(tmp_path / "refused")
+
+
+def test_checkpoint_hooks_refuse_another_config_and_change_nothing(tmp_path):
+    def prepared(**options):
+        torch.manual_seed(0)
+        modules = {"a": torch.nn.Linear(8, 8), "b": torch.nn.Linear(8, 8)}
+        modules = {name: torch.nn.Sequential(module) for name, module in modules.items()}
+        for name, module in modules.items():
+            config = SODAConfig(target_modules=["0"], **(options if name == "b" else {}))
+            inject_adapter_in_model(config, module)
+            with torch.no_grad():
+                module[0].soda_delta["default"].add_(torch.rand(8))
+        accelerator = accelerate.Accelerator(cpu=True)
+        register_checkpoint_hooks(accelerator, modules)
+        accelerator.prepare(*modules.values())
+        return accelerator, modules
+
+    accelerator, _ = prepared()
+    accelerator.save_state(tmp_path)
+    other, modules = prepared(rotation="right")
+    modules["a"][0].soda_delta["default"].data.mul_(2.0)
+    before = modules["a"][0].soda_delta["default"].detach().clone()
+    with pytest.raises(ValueError, match=r"rotation must be 'left'.*got 'right'"):
+        other.load_state(tmp_path)
+    assert torch.equal(modules["a"][0].soda_delta["default"], before)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

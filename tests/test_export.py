@@ -181,3 +181,19 @@ assert not any(name.startswith("spectral") for name in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_modules_to_save_are_merged_and_no_lora_file_drops_them(tmp_path):
+    pipe = tiny_pipeline(tmp_path / "base")
+    config = SpectralAdapterAConfig(
+        target_modules=["to_q"], r=3, init_weights=False, modules_to_save=["conv_out"]
+    )
+    pipe.unet.add_adapter(config)
+    pipe.unet.conv_out.modules_to_save["default"].weight.data += 1
+    images = drawn(pipe)
+    with pytest.raises(ValueError, match=r"without modules_to_save.* has \['conv_out'\]"):
+        export_lora(pipe, tmp_path / "lora")
+    export_merged(pipe, tmp_path / "merged")
+    names = set(pipe.unet.state_dict())
+    assert not any("modules_to_save" in name or "original_module" in name for name in names)
+    assert torch.allclose(drawn(type(pipe).from_pretrained(tmp_path / "merged")), images, atol=1e-4)

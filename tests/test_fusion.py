@@ -406,6 +406,9 @@ def test_orthogonal_rows_and_crosstalk():
             "must not be negative",
         ),
         ({"method": "fedavg", "weights": [1, -1]}, "weights must be shares"),
+        ({"method": "delta", "weights": 1.0}, "weights must hold one finite number.* got 1.0"),
+        ({"method": "delta", "weights": ["x", 1]}, "weights must hold one finite number"),
+        ({"method": "delta", "weights": "11"}, "weights must hold one finite number"),
     ],
 )
 def test_bad_changes(options, message):
@@ -760,6 +763,69 @@ def test_changes_as_lora(tmp_path):
         changes_to_lora(layered(), {})
 
 
+@pytest.mark.parametrize("injected", [False, True])
+@pytest.mark.parametrize(
+    ("adapters", "options", "error", "message"),
+    [
+        (None, {}, TypeError, "adapters must be a list of names of adapters; got None"),
+        ("first", {}, TypeError, "adapters must be a list of names of adapters; got 'first'"),
+        ([], {}, ValueError, r"adapters must name adapters .* got \[\]"),
+        ([["first"]], {}, ValueError, "adapters must name adapters"),
+        (["first"], {"weights": 1.0}, ValueError, "weights must hold one finite number"),
+        (["first"], {"weights": [float("nan")]}, ValueError, "weights must hold one finite"),
+        (["first"], {"allow_overlap": True}, ValueError, "allow_overlap is for method"),
+    ],
+)
+def test_bad_arguments_of_fusions(adapters, options, error, message, injected):
+    model = mlp()
+    chosen = config(SVDiffConfig, spectrum_activation="identity")
+    if injected:
+        inject_adapter_in_model(chosen, model, "first")
+    else:
+        model = get_peft_model(model, chosen, "first")
+    for function in (fuse, fuse_and_unload):
+        with pytest.raises(error, match=message):
+            function(model, adapters, method="delta", **options)
+    for name in ("", "a.b", None):
+        with pytest.raises(ValueError, match="adapter_name must be a non-empty str without a dot"):
+            fuse(model, ["first"], method="delta", adapter_name=name)
+    assert list(model.peft_config) == ["first"]
+
+
+def test_bad_regularization():
+    changes, moments = [{"x": torch.ones(3, 4)}], [{"x": torch.eye(4)}]
+    with pytest.raises(TypeError, match="regularization must be a number; got 'x'"):
+        fuse_changes(changes, method="gradient", moments=moments, regularization="x")
+
+
+def test_rows_that_do_not_fit_change_nothing():
+    model = held({"first": LoraConfig(target_modules=["0", "2"], r=2)})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for rows, error, message in (
+        ({"0": [0, 1]}, ValueError, "rows must have every layer of the LoRA; got none for 2"),
+        ({"0": [0, 1], "2": [0, 99]}, ValueError, "different indices from 0 to 19"),
+        (3, TypeError, "rows must be a list of ints or a dict of such lists; got 3"),
+    ):
+        with pytest.raises(error, match=message):
+            init_orthogonal_lora(model, rows, "first")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([], r"tasks is \[\] in .*columns.json"),
+        ({"cat": "xyz"}, r"'cat' has 'xyz' in .*columns.json"),
+        ({"cat": [0, 1.5]}, r"'cat' has \[0, 1.5\]"),
+    ],
+)
+def test_registries_of_another_kind_are_refused(tasks, message, tmp_path):
+    path = tmp_path / "columns.json"
+    path.write_text(json.dumps({"rank": 8, "tasks": tasks}))
+    with pytest.raises(ValueError, match=message):
+        ColumnAllocator(8, 2, registry=path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -767,13 +833,17 @@ def test_changes_as_lora(tmp_path):
         ({"nowhere": torch.ones(2, 2)}, "nowhere is none"),
         ({"0": torch.ones(12, 20)}, r"for 0 of shape \(20, 12\)"),
         ({"2": torch.ones(8, 20), "0": torch.full((20, 12), float("inf"))}, "must be finite"),
+        ({"2": torch.ones(8, 20), "0": [1]}, r"changes\['0'\] must be a torch.Tensor; got list"),
+        ([torch.ones(20, 12)], "changes must be a dict from layers to tensors"),
     ],
 )
 def test_changes_that_do_not_fit_change_nothing(changes, message):
     model = mlp()
     inject_adapter_in_model(config(SODAConfig), model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         merge_changes(model, changes)
+    with pytest.raises(ValueError, match=r"of layers with a matrix.*; 0 is none"):
+        merge_changes(nn.Sequential(nn.LayerNorm(4)), {"0": torch.zeros(4, 1)})
     assert list(model.peft_config) == ["default"]
     assert torch.equal(model[2].get_base_layer().weight, mlp()[2].weight)
 
@@ -795,7 +865,7 @@ def test_adapters_that_do_more_than_change_weights_are_refused():
     model = held({"first": config(SVDiffConfig)})
     with pytest.raises(ValueError, match="adapters must name adapters of this model, each once"):
         fuse(model, ["first", "first"], method="delta")
-    with pytest.raises(ValueError, match=r"adapter_name must be one of \['first'\]"):
+    with pytest.raises(ValueError, match=r"adapters must name adapters .* got \['second'\]"):
         fuse_and_unload(model, ["second"], method="delta")
     with pytest.raises(ValueError, match="method must be one of"):
         fuse(model, ["first"], method="gradient")

@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 from peft import PeftModel, get_peft_model, inject_adapter_in_model  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+from peft.utils import AuxiliaryTrainingWrapper  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import spectral_adapters.peft  # noqa: E402
@@ -36,9 +37,12 @@ from spectral_adapters.peft import (  # noqa: E402
     SVDiffConfig,
     adapter_columns,
     export_lora,
+    fuse_and_unload,
     merge_and_unload,
+    merge_changes,
     rename_adapter,
     to_lora,
+    weight_changes,
 )
 
 
@@ -427,6 +431,7 @@ def test_mixed_batches(method, build):
         expected[name] = model(x)
     for row, name in enumerate(names):
         torch.testing.assert_close(mixed[row], expected[name][row])
+    assert model(x[:0], adapter_names=[]).shape == mixed[:0].shape
 
 
 def tiny_decoder():
@@ -503,10 +508,22 @@ def test_weighted_adapters(method):
         torch.testing.assert_close(layer.get_delta_weight("sum"), expected)
     with pytest.raises(ValueError, match="must name adapters of this model"):
         add(["three"], [1.0], "other")
-    with pytest.raises(ValueError, match="one number for each"):
-        add(["one"], [], "other")
+    for weights in ([], [float("nan")], 1.0, ["1"]):
+        with pytest.raises(ValueError, match="weights must hold one finite number for each of 1"):
+            add(["one"], weights, "other")
+    with pytest.raises(TypeError, match="adapters must be a list of names"):
+        add("one", [1.0], "other")
     with pytest.raises(ValueError, match="must be new"):
         add(["one"], [1.0], "two")
+    for name in ("", "o.ther", 3):
+        with pytest.raises(ValueError, match="adapter_name must be a non-empty str without a dot"):
+            add(["one"], [1.0], name)
+    with pytest.raises(TypeError, match=r"has no options \['density'\]"):
+        add(["one"], [1.0], "other", density=0.5)
+    assert list(model.peft_config) == ["one", "two", "sum"]
+    add(["two"], None, "same")
+    changes = [layers(model)[0].get_delta_weight(name) for name in ("two", "same")]
+    torch.testing.assert_close(*changes)
 
 
 @pytest.mark.parametrize("name", ["SVDiff", "LiDB"])
@@ -536,7 +553,47 @@ def test_modules_to_save(method, tmp_path):
     model.save_pretrained(tmp_path)
     assert not torch.equal(model.base_model.model[4].weight, mlp()[4].weight)
     loaded = PeftModel.from_pretrained(mlp(), tmp_path)
-    assert torch.equal(loaded(inputs(mlp())), model(inputs(mlp())))
+    y = model(inputs(mlp()))
+    assert torch.equal(loaded(inputs(mlp())), y)
+    rank = None if method.low_rank else 8
+    with pytest.raises(ValueError, match=r"without modules_to_save.*'default' has \['4'\]"):
+        to_lora(model, rank=rank)
+    export_lora(model, tmp_path / "lora", rank=12)
+    lora = PeftModel.from_pretrained(mlp(), tmp_path / "lora")
+    assert relative_error(lora(inputs(mlp())), y) <= 1e-5
+
+
+@every_method
+def test_modules_to_save_are_taken_out(method):
+    """A merged injected adapter leaves its copies, other ones what was there before."""
+    x, kinds = inputs(mlp()), [type(module) for module in mlp()]
+
+    def adapted():
+        torch.manual_seed(3)
+        model = mlp()
+        inject_adapter_in_model(method(init_weights=False), model, "other")
+        inject_adapter_in_model(method(init_weights=False, modules_to_save=["4"]), model)
+        for module in model.modules():
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                module.set_adapter("default")
+        model[4].modules_to_save["default"].weight.data += 1
+        return model.eval()
+
+    model = adapted()
+    y = model(x)
+    assert not torch.equal(model[4].weight, mlp()[4].weight)
+    plain = merge_and_unload(model)
+    assert [type(module) for module in plain] == kinds
+    assert list(plain.state_dict()) == list(mlp().state_dict())
+    assert relative_error(plain(x), y) <= 1e-5
+    others = (
+        merge_and_unload(adapted(), "other"),
+        merge_changes(adapted(), {}),
+        fuse_and_unload(adapted(), ["other"], method="delta"),
+    )
+    for plain in others:
+        assert [type(module) for module in plain] == kinds
+        assert torch.equal(plain[4].weight, mlp()[4].weight)
 
 
 @every_method
@@ -742,8 +799,190 @@ def test_merge_and_unload_of_an_injected_adapter(method):
     assert plain is model and not layers(plain)
     assert list(plain.state_dict()) == list(mlp().state_dict())
     assert relative_error(plain(x), y) <= 1e-5
+    assert not plain._forward_pre_hooks and not plain._forward_hooks
     with pytest.raises(ValueError, match=r"adapter_name must be one of \[\]"):
         merge_and_unload(mlp())
+    for name in ("merge_and_unload", "unload"):
+        plain = getattr(get_peft_model(mlp(), method()), name)()
+        assert not plain._forward_pre_hooks and not plain._forward_hooks
+
+
+class Tied(nn.Module):
+    """Two layers, or an embedding and an output layer, with one weight."""
+
+    def __init__(self, first, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = first(9, 9)
+        self.last = nn.Linear(9, 9, bias=False)
+        self.last.weight = self.first.weight
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("first", [nn.Linear, nn.Embedding])
+@every_method
+def test_tied_layers(method, first, dtype):
+    """Adapters of layers with one weight are merged and unmerged to the last bit."""
+    base = Tied(first, dtype)
+    torch.manual_seed(3)
+    config = method(target_modules=["first", "last"], init_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, config).eval()
+    x = torch.arange(9) if first is nn.Embedding else torch.randn(5, 9).to(dtype)
+    y, expected, weight = model(x), Tied(first, dtype)(x), base.first.weight.detach().clone()
+    for twin in (model, copy.deepcopy(model)):
+        twin.merge_adapter()
+        twin.unmerge_adapter()
+        assert torch.equal(twin.base_model.model.last.weight, weight)
+        assert torch.equal(twin(x), y)
+        twin.merge_adapter()
+        twin = copy.deepcopy(twin)
+        with twin.disable_adapter():
+            assert torch.equal(twin(x), expected)
+        assert torch.equal(twin.base_model.model.first.weight, weight)
+    # One of the two alone: what the other has merged stays.
+    first_layer, last_layer = layers(model)
+    model.merge_adapter()
+    first_layer.unmerge()
+    merged = (weight + last_layer.get_delta_weight("default")).to(dtype)
+    assert torch.equal(last_layer.base_layer.weight, merged)
+    first_layer.merge()
+    last_layer.unmerge()
+    first_layer.unmerge()
+    assert torch.equal(last_layer.base_layer.weight, weight)
+    # Merged and left there for good, and adapted again.
+    model.merge_adapter()
+    weight = base.first.base_layer.weight.detach().clone()
+    plain = model.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(plain, config)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(plain.last.weight, weight)
+
+
+def offload(layer):
+    """What accelerate does to a layer whose weights it keeps elsewhere between forward passes."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    weights = {name: value.detach().clone() for name, value in layer.state_dict().items()}
+    hook = hooks.AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights)
+    hooks.add_hook_to_module(layer, hook)
+
+
+@every_kind
+@every_method
+def test_offloaded_base(method, build):
+    """A base that accelerate offloads: the same numbers, merged and unmerged too."""
+    model = trained(method, build)
+    x = inputs(build())
+    y = model(x)
+    for layer in layers(model):
+        offload(layer.base_layer)
+        assert layer.base_layer.weight.is_meta
+    for _ in range(2):
+        assert relative_error(model(x), y) <= 1e-5
+    for layer in layers(model):
+        assert not any(value.is_meta for value in layer._frozen("default")._state().values())
+        assert not layer.get_delta_weight("default").is_meta
+        with pytest.raises(ValueError, match="on the meta device, as offloading leaves it"):
+            layer.merge()
+        with pytest.raises(ValueError, match=r"moved to the meta device.*offloading"):
+            layer._factors["default"].on(torch.device("meta"))
+    model.merge_adapter()
+    assert relative_error(model(x), y) <= 1e-5
+    with model.disable_adapter():
+        assert relative_error(model(x), build()(x)) <= 1e-6
+    assert not layers(model)[0].merged
+    with pytest.raises(ValueError, match=r"those of \['0', '2'\] are on the meta device"):
+        merge_changes(model, weight_changes(model))
+    assert relative_error(model(x), y) <= 1e-5
+
+
+@every_method
+def test_offloaded_model(method):
+    """A whole model that accelerate offloads is refused, with what can be done instead."""
+    accelerate = pytest.importorskip("accelerate")
+    x = inputs(mlp())
+    model = trained(method)
+    y, device = model(x), torch.device("cpu")
+    whole = accelerate.cpu_offload(copy.deepcopy(model), device)
+    with pytest.raises(ValueError, match=r"0: the trained parameters of 'default' .* offload"):
+        whole(x)
+    accelerate.cpu_offload(model, device, preload_module_classes=["Linear"])
+    for _ in range(2):
+        assert relative_error(model(x), y) <= 1e-5
+
+
+@every_method
+def test_layerwise_casting(method):
+    """diffusers keeps the base in another precision between forward passes."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    base = mlp().to(torch.bfloat16)
+    x = inputs(base, torch.bfloat16)
+    for parameter in base.parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn).to(torch.bfloat16)
+    torch.manual_seed(3)
+    model = inject_adapter_in_model(method(init_weights=False), base).eval()
+    y = model(x)
+    hooks.apply_layerwise_casting(
+        model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
+    )
+    assert model[0].base_layer.weight.dtype == torch.float8_e4m3fn
+    assert relative_error(model(x), y) <= 0.02
+
+
+@every_method
+def test_first_use_in_inference_mode(method, tmp_path):
+    """What is recorded in inference mode can be loaded over and trained later."""
+    model = trained(method)
+    x = inputs(mlp())
+    other = mlp()
+    other[0].weight.data += 1
+    later = get_peft_model(other, method())
+    prefix = f"{method.config.method.lower()}_"
+    base = {name: value for name, value in model.state_dict().items() if prefix not in name}
+    later.load_state_dict(base, strict=False)
+    with torch.inference_mode():
+        later(x)
+    later.load_state_dict(model.state_dict())
+    assert relative_error(later(x), model(x)) <= 1e-6
+    later(x).sum().backward()
+
+
+@every_method
+def test_a_config_for_several_models(method):
+    """What is recorded in one model's config does not reach another model."""
+    config = method()
+    for dtype in (torch.bfloat16, torch.float32):
+        model = get_peft_model(mlp().to(dtype), config)
+        name = str(dtype).removeprefix("torch.")
+        assert model.peft_config["default"].base_dtype == name
+        assert all(layer.configs["default"].base_dtype == name for layer in layers(model))
+    assert config.base_dtype is None
+
+
+@pytest.mark.parametrize("plan", ["auto", "tokens", "factored", "merged"])
+@pytest.mark.parametrize("name", ["SODA", "SVDiff"])
+def test_a_trained_base_weight(name, plan):
+    """A base weight that is trained too gets its gradient, and the layer follows it."""
+    model = get_peft_model(mlp(), METHODS[name](plan=plan, init_weights=False))
+    layer, x = layers(model)[0], inputs(mlp())
+    layer.base_layer.requires_grad_(True)
+    delta = layer.get_delta_weight("default").detach()
+    target = torch.randn(5, 20)
+    (layer(x) * target).sum().backward()
+    torch.testing.assert_close(layer.base_layer.weight.grad, target.mT @ x)
+    torch.testing.assert_close(layer.base_layer.bias.grad, target.sum(0))
+    layer.base_layer.weight.data += 0.1
+    with torch.no_grad():
+        expected = nn.functional.linear(x, layer.base_layer.weight + delta, layer.base_layer.bias)
+        torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -778,6 +1017,35 @@ def test_bitsandbytes_base(method, bits):
     model.unmerge_adapter()
     assert layers(model)[0].base_layer.weight is before
     torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_packs_its_weight_anew(nested):
+    """4-bit weights as bitsandbytes arranges them for its CPU kernel are read as what they are."""
+    bnb = pytest.importorskip("bitsandbytes")
+    pack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
+    if pack is None:
+        pytest.skip("this bitsandbytes has no such arrangement")
+    torch.manual_seed(0)
+    base = bnb.nn.Linear4bit(64, 128, compute_dtype=torch.float32, compress_statistics=nested)
+    model = get_peft_model(
+        nn.Sequential(base.to("cpu")),
+        SpectralAdapterAConfig(target_modules=["0"], r=4, init_weights=False),
+    )
+    layer = layers(model)[0]
+    before, change = layer._base_matrix(), layer.get_delta_weight("default")
+    weight = base.weight
+    weight.data, weight.quant_state = pack(weight.data, weight.quant_state)
+    packed = weight.data.clone()
+    # The kernel's scales are in bf16.
+    torch.testing.assert_close(layer._base_matrix(), before, rtol=2**-8, atol=0)
+    assert torch.equal(weight.data, packed) and weight.quant_state.packing_format_for_cpu
+    layer.merge()
+    merged = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    assert relative_error(merged, before + change) < 0.15
+    torch.testing.assert_close(layer._base_matrix(), before, rtol=2**-8, atol=0)
+    layer.unmerge()
+    assert base.weight is weight and torch.equal(weight.data, packed)
 
 
 @every_method
@@ -919,7 +1187,45 @@ def test_random_columns(config, tmp_path):
     [
         (SpectralAdapterAConfig, {"r": 0}, ValueError, "r must be an int of at least 1"),
         (SpectralAdapterAConfig, {"columns": "left"}, ValueError, "columns must be one of 'top'"),
-        (SpectralAdapterAConfig, {"columns": [1, 1]}, ValueError, "columns must hold different"),
+        (
+            SpectralAdapterAConfig,
+            {"columns": [1, 1]},
+            ValueError,
+            r"columns must hold different indices of at least 0; got \[1, 1\]",
+        ),
+        (SpectralAdapterAConfig, {"columns": []}, ValueError, "columns must hold different"),
+        (
+            SpectralAdapterAConfig,
+            {"columns_pattern": {"0": [-1]}},
+            ValueError,
+            r"columns_pattern\['0'\] must hold different indices of at least 0; got \[-1\]",
+        ),
+        (
+            SpectralAdapterAConfig,
+            {"columns_pattern": {"0": 3}},
+            TypeError,
+            r"columns_pattern\['0'\] must hold ints; got 3",
+        ),
+        (
+            SpectralAdapterRConfig,
+            {"columns_pattern": {0: [1, 2]}},
+            TypeError,
+            "columns_pattern must have names of modules for keys; got 0",
+        ),
+        (
+            SpectralAdapterRConfig,
+            {"columns_pattern": {"(": [1, 2]}},
+            ValueError,
+            r"columns_pattern must have names or regular expressions for keys; got '\('",
+        ),
+        (LiDBConfig, {"rank_pattern": {2: 2}}, TypeError, "rank_pattern must have names of mod"),
+        (LiDBConfig, {"rank_pattern": {"*": 2}}, ValueError, "rank_pattern must have names or reg"),
+        (
+            SODAConfig,
+            {"factors_pattern": {"[": (3, 4)}},
+            ValueError,
+            "factors_pattern must have names or regular",
+        ),
         (SpectralAdapterAConfig, {"columns": 3}, TypeError, "columns must be one of 'top'.*got 3"),
         (SpectralAdapterAConfig, {"columns": "left"}, ValueError, "'bottom', 'random'; got 'left'"),
         (
@@ -958,6 +1264,44 @@ def test_bad_configs_are_refused_by_argument(config, options, error, message):
     """Bad options are refused by argument."""
     with pytest.raises(error, match=message):
         config(target_modules=["0"], **options)
+
+
+@every_method
+def test_bad_targets_are_refused_by_argument(method):
+    """``target_modules`` and ``exclude_modules`` of a wrong type are named."""
+    for option in ("target_modules", "exclude_modules"):
+        with pytest.raises(TypeError, match=f"{option} must be a str or hold names of modules; go"):
+            get_peft_model(mlp(), method(**{option: 3}))
+
+
+@pytest.mark.parametrize("columns", [range(1, 4), {3, 1, 2}, (i for i in (1, 2, 3))])
+def test_columns_of_any_kind_are_saved_as_lists(columns, tmp_path):
+    """Ranges, sets and generators of columns for single modules."""
+    config = SpectralAdapterAConfig(target_modules=["0"], columns_pattern={"0": columns})
+    model = get_peft_model(mlp(), config)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(mlp(), tmp_path)
+    assert adapter_columns(loaded) == {"0": (1, 2, 3)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+def test_lidb_does_not_depend_on_the_default_dtype(dtype, tmp_path):
+    """LiDB's fingerprint is the same whatever torch makes of numbers without a dtype."""
+    base, config = mlp(), METHODS["LiDB"](init_weights=False)
+    get_peft_model(mlp(), config).save_pretrained(tmp_path)
+    torch.set_default_dtype(dtype)
+    try:
+        PeftModel.from_pretrained(base, tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_lidb_with_another_seed():
+    """The refusal says so."""
+    config = partial(METHODS["LiDB"], target_modules=["0"], init_weights=False)
+    saved = get_peft_model(mlp(), config()).state_dict()
+    with pytest.raises(RuntimeError, match=r"another seed .* \w+\(left=5, right=4, seed=1\)"):
+        get_peft_model(mlp(), config(seed=1)).load_state_dict(saved)
 
 
 def test_lidb_on_another_shape(tmp_path):

@@ -264,7 +264,7 @@ def test_a_folder_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
         load_adapter(model, tmp_path / "wider")
     with pytest.raises(RuntimeError, match="0: the adapter 'default' is refused"):
         load_adapter(model, tmp_path / "foreign")
-    assert not model.peft_config
+    assert not getattr(model, "peft_config", None)
     assert torch.equal(model(x), mlp()(x))
     load_adapter(model, tmp_path / "good")
     assert not torch.allclose(model(x), mlp()(x), atol=1e-3)

@@ -299,6 +299,17 @@ def test_made_in_inference_mode_for_training_later(times):
     assert not any(factor.is_inference() for factor in found.basis)
 
 
+def test_fingerprints_without_a_weight_do_not_depend_on_the_default_dtype():
+    factorisation, weight = RandomFactorisation(4, 3), torch.randn(6, 5)
+    expected = spectra.factorise(weight, factorisation).fingerprint.to_tensor()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = spectra.factorise(weight, factorisation).fingerprint.to_tensor()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def test_entries_that_are_in_use_can_be_removed(cache):
     spectra.factorise(weight(), SVD)
     found = spectra.factorise(weight(), SVD)

@@ -19,16 +19,20 @@ were and what each of them held, and loads into any other layout.
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import random
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,6 +142,7 @@ def save_checkpoint(
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
     components = _components(model)
+    _check_objects(optimizer, scheduler, stateful)
     for name, module in components.items():
         bank = RotationBank.of(module)
         if bank is not None and bank.has_waiting_gradients:
@@ -150,6 +155,8 @@ def save_checkpoint(
         "step": step,
         "extra": _checked_extra(extra),
         "versions": {"torch": torch.__version__, "spectral-kernels": _own_version()},
+        "components": list(components),
+        "classes": _classes(optimizer, scheduler),
         "optimizer": _pack_optimizer(optimizer, components, tensors),
         "scheduler": None if scheduler is None else _pack_object("scheduler", scheduler, tensors),
         "stateful": {
@@ -203,8 +210,10 @@ def load_checkpoint(
     """Put model, optimizer, scheduler and random states back to where a checkpoint was written.
 
     Everything that was saved must be given, made as it was then: models with adapters of the same
-    config on the same base weights, optimizers with the same groups. All files are compared with
-    the manifest before anything is changed. The adapter alone is loaded like any other.
+    config on the same base weights, optimizers and schedulers of the same classes with the same
+    groups. All files are compared with the manifest and all else with what is given before anything
+    is changed; models of which one is refused all keep what they have. The adapter alone is loaded
+    like any other.
 
     Args:
         path: the folder of one checkpoint, as :func:`latest_checkpoint` returns it.
@@ -212,8 +221,9 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such folder.
+        TypeError: an argument is none of what :func:`save_checkpoint` takes.
         CheckpointError: it is no checkpoint, is not whole, was changed, or belongs to another
-            model, optimizer or adapter. The message names the file and what to do.
+            model, optimizer, scheduler or adapter. The message names the file and what to do.
         RuntimeError: the adapter was trained on other base weights.
 
     Warns:
@@ -221,22 +231,26 @@ def load_checkpoint(
             these.
     """
     folder = Path(path)
+    components = _components(model)
+    _check_objects(optimizer, scheduler, stateful)
     verify_checkpoint(folder)
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     tensors = load_tensors(folder / TENSORS)
-    components = _components(model)
     given = {"optimizer": optimizer, "scheduler": scheduler}
     saved = {name: state[name] for name in given if state[name] is not None}
     given = {name: value for name, value in given.items() if value is not None}
     for what, expected, came in (
         ("arguments", saved, given),
         ("stateful", state["stateful"], stateful or {}),
+        # Older checkpoints do not say.
+        ("models", state.get("components", components), components),
     ):
-        if expected.keys() != came.keys():
+        if set(expected) != set(came):
             raise CheckpointError(
                 f"{what} must be those that were saved in {folder}, {sorted(expected)}; "
                 f"got {sorted(came)}"
             )
+    _check_classes(folder, state, optimizer, scheduler)
     optimizer_state = None
     if optimizer is not None:
         optimizer_state = _optimizer_state(folder, state["optimizer"], optimizer, components)
@@ -247,9 +261,15 @@ def load_checkpoint(
         raise CheckpointError(
             f"model must have the parameters of {folder}; it lacks {strangers[:3]}"
         )
+    for name, packed in (*outside.items(), *state["gradients"].items()):
+        saved_shape, shape = tensors[packed["tensor"]].shape, parameters[name].shape
+        if saved_shape != shape:
+            raise CheckpointError(
+                f"model must have the parameters of {folder}; {name} must have shape "
+                f"{tuple(saved_shape)} and has {tuple(shape)}"
+            )
 
-    for name, module in components.items():
-        _restore_module(folder / name, module, adapter_name)
+    _restore_modules(folder, components, adapter_name)
     with torch.no_grad():
         for name, packed in outside.items():
             parameters[name].copy_(spread_like(_unpack(packed, tensors), parameters[name]))
@@ -264,9 +284,15 @@ def load_checkpoint(
         _spread_state(unpacked["state"], optimizer)
         optimizer.load_state_dict(unpacked)
     if scheduler is not None:
-        _restore_object(scheduler, _unpack(state["scheduler"], tensors))
+        scheduler.load_state_dict(
+            _typed(_unpack(state["scheduler"], tensors), _unprepared(scheduler))
+        )
     for name, packed in state["stateful"].items():
-        _restore_object((stateful or {})[name], _unpack(packed, tensors))
+        value, unpacked = (stateful or {})[name], _unpack(packed, tensors)
+        if isinstance(value, torch.Generator):
+            value.set_state(unpacked)
+        else:
+            value.load_state_dict(_typed(unpacked, _unprepared(value)))
     _restore_random_states(folder, state["processes"])
     return Checkpoint(folder, state["step"], state["processes"], state["extra"])
 
@@ -545,26 +571,113 @@ def _save_module(
     write_adapter(module, folder, adapter_name, tensors)
 
 
-def _restore_module(folder: Path, module: nn.Module, adapter_name: str) -> None:
-    if (folder / MODEL).is_file():
-        try:
-            here = module.state_dict()
-            whole = load_tensors(folder / MODEL)
-            module.load_state_dict({k: spread_like(v, here.get(k, v)) for k, v in whole.items()})
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder / MODEL} does not fit model: {error}") from error
-        return
-    if not hasattr(module, "peft_config"):
-        raise CheckpointError(
-            f"model must have an adapter, like the one in {folder}; got a "
-            f"{type(module).__name__} without"
-        )
-    from spectral_adapters.peft import restore_adapter
+def _restore_modules(folder: Path, components: dict[str, nn.Module], adapter_name: str) -> None:
+    """Load every component; one that is refused leaves all of them as they were."""
+    whole = {name: c for name, c in components.items() if (folder / name / MODEL).is_file()}
+    adapted = {name: c for name, c in components.items() if name not in whole}
+    for name, module in adapted.items():
+        if not hasattr(module, "peft_config"):
+            raise CheckpointError(
+                f"model must have an adapter, like the one in {folder / name}; got a "
+                f"{type(module).__name__} without"
+            )
+    with _unchanged_if_refused(whole.values()):
+        for name, module in whole.items():
+            file = folder / name / MODEL
+            try:
+                here = module.state_dict()
+                saved = load_tensors(file)
+                module.load_state_dict(
+                    {key: spread_like(value, here.get(key, value)) for key, value in saved.items()}
+                )
+            except RuntimeError as error:
+                raise CheckpointError(f"{file} does not fit model: {error}") from error
+        if adapted:
+            _restore_adapters(folder, adapted, adapter_name)
 
+
+def _restore_adapters(folder: Path, adapted: dict[str, nn.Module], adapter_name: str) -> None:
+    from spectral_adapters.peft import restore_adapter
+    from spectral_adapters.peft._folder import unchanged_if_refused
+
+    with unchanged_if_refused(adapted.values(), adapter_name):
+        for name, module in adapted.items():
+            try:
+                restore_adapter(module, folder / name, adapter_name)
+            except (FileNotFoundError, ValueError) as error:
+                raise CheckpointError(f"{folder / name} does not fit model: {error}") from error
+
+
+@contextmanager
+def _unchanged_if_refused(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give all numbers of modules back if what is done to them raises."""
+    numbers = [
+        (value, value.detach().clone())
+        for module in modules
+        for value in module.state_dict().values()
+        if isinstance(value, Tensor)
+    ]
     try:
-        restore_adapter(module, folder, adapter_name)
-    except (FileNotFoundError, ValueError) as error:
-        raise CheckpointError(f"{folder} does not fit model: {error}") from error
+        yield
+    except BaseException:
+        for value, before in numbers:
+            value.detach().copy_(before)
+        raise
+
+
+def _check_objects(optimizer: Any, scheduler: Any, stateful: Any) -> None:
+    """Raise ``TypeError`` unless these are what can be saved and loaded."""
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}"
+        )
+    stateful = {} if stateful is None else stateful
+    if not isinstance(stateful, Mapping) or not all(isinstance(name, str) for name in stateful):
+        raise TypeError(f"stateful must be a dict with strings for keys; got {stateful!r}")
+    objects = {f"stateful[{name!r}]": value for name, value in stateful.items()}
+    if scheduler is not None:
+        objects["scheduler"] = scheduler
+    for argument, value in objects.items():
+        if isinstance(value, torch.Generator):
+            continue
+        if not hasattr(value, "state_dict") or not hasattr(value, "load_state_dict"):
+            raise TypeError(
+                f"{argument} must be a torch.Generator or have state_dict and load_state_dict; "
+                f"got {type(value).__name__}"
+            )
+
+
+def _unprepared(value: Any) -> Any:
+    """An optimizer or a scheduler without what accelerate has put around it."""
+    for name in ("optimizer", "scheduler"):
+        if type(value).__name__ == f"Accelerated{name.capitalize()}":
+            return getattr(value, name)
+    return value
+
+
+def _classes(optimizer: Any, scheduler: Any) -> dict[str, str]:
+    """The names of their classes, of what is given."""
+    given = {"optimizer": optimizer, "scheduler": scheduler}
+    return {name: type(_unprepared(v)).__name__ for name, v in given.items() if v is not None}
+
+
+def _check_classes(folder: Path, state: dict[str, Any], optimizer: Any, scheduler: Any) -> None:
+    """Raise ``CheckpointError`` unless a saved state is one of these classes."""
+    saved = state.get("classes")
+    for name, here in _classes(optimizer, scheduler).items():
+        if saved is not None and saved[name] != here:
+            raise CheckpointError(
+                f"{name} must be of the class that was saved in {folder}, {saved[name]}; got {here}"
+            )
+    if saved is None and optimizer is not None and state["versions"]["torch"] == torch.__version__:
+        # An older checkpoint, which names no classes. Other versions of torch have other options.
+        groups = dict(state["optimizer"]["dict"])["param_groups"]
+        lacking = set(optimizer.defaults) - {key for group in groups for key, _ in group["dict"]}
+        if lacking:
+            raise CheckpointError(
+                f"optimizer must be of the class that was saved in {folder}, which has no "
+                f"{sorted(lacking)}; got {type(_unprepared(optimizer)).__name__}"
+            )
 
 
 def _pack_optimizer(
@@ -636,25 +749,28 @@ def _spread_state(state: dict[int, dict[str, Any]], optimizer: Any) -> None:
 
 
 def _pack_object(argument: str, value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, torch.Generator):
-        return _pack(value.get_state(), argument, tensors)
-    if not hasattr(value, "state_dict") or not hasattr(value, "load_state_dict"):
-        raise TypeError(
-            f"{argument} must be a torch.Generator or have state_dict and load_state_dict; "
-            f"got {type(value).__name__}"
-        )
-    return _pack(value.state_dict(), argument, tensors)
+    state = value.get_state() if isinstance(value, torch.Generator) else value.state_dict()
+    return _pack(state, argument, tensors)
 
 
-def _restore_object(value: Any, state: Any) -> None:
-    if isinstance(value, torch.Generator):
-        value.set_state(state)
-    else:
-        value.load_state_dict(state)
+def _typed(state: Any, owner: Any) -> Any:
+    """A loaded state with dicts of the types that their owner has them in, a ``Counter`` say."""
+    if isinstance(state, list) and isinstance(owner, list):
+        return [_typed(*pair) for pair in itertools.zip_longest(state, owner[: len(state)])]
+    if not isinstance(state, dict):
+        return state
+    parts = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+    items = {key: _typed(value, parts.get(key)) for key, value in state.items()}
+    if not isinstance(owner, (Counter, OrderedDict, defaultdict)):
+        return items
+    typed = copy.copy(owner)
+    typed.clear()
+    typed.update(items)
+    return typed
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A state as JSON, with its tensors put into ``tensors`` under their path in it."""
+    """A state as JSON, with its tensors put into ``tensors``, numbered, under their path in it."""
     if isinstance(value, Tensor):
         value = _for_writer(value)
         if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
@@ -662,8 +778,10 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
                 f"{path} must be a dense, whole tensor to be saved; got {type(value).__name__} "
                 f"of layout {value.layout} (of sharded models, save the full state dict)"
             )
-        tensors[path] = value
-        return {"tensor": path}
+        # Two paths may read the same: of "a.b" and of "b" in "a".
+        name = f"{len(tensors)} {path}"
+        tensors[name] = value
+        return {"tensor": name}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
@@ -695,10 +813,10 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    found = dict(extra or {})
+    found = {} if extra is None else extra
     try:
-        if json.loads(json.dumps(found)) == found:
-            return found
+        if isinstance(found, Mapping) and json.loads(json.dumps(dict(found))) == found:
+            return dict(found)
     except (TypeError, ValueError):
         pass
     raise TypeError(

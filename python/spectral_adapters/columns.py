@@ -242,6 +242,16 @@ class ColumnAllocator:
             ) from None
         if rank != self.rank:
             raise ValueError(f"rank must be {rank}, that of {self._path}; got {self.rank}")
+        if not isinstance(tasks, dict):
+            raise ValueError(
+                f"registry must be a file that this class wrote; tasks is {tasks!r} in {self._path}"
+            )
+        for task, columns in tasks.items():
+            if not isinstance(columns, list) or not all(type(column) is int for column in columns):
+                raise ValueError(
+                    f"registry must have a list of columns for every task; {task!r} has "
+                    f"{columns!r} in {self._path}"
+                )
         return tasks
 
 

@@ -35,7 +35,7 @@ from spectral_adapters.peft import (
     weight_changes,
 )
 from spectral_adapters.peft import load_adapter as load_component
-from spectral_adapters.peft._folder import write_adapter
+from spectral_adapters.peft._folder import unchanged_if_refused, write_adapter
 from spectral_adapters.peft._fusion import several_adapters
 
 __all__ = [
@@ -102,6 +102,8 @@ def load_adapter(
         FileNotFoundError: the folder holds no adapter.
         ValueError: it holds one for a component that the pipeline lacks, or that does not fit it.
         RuntimeError: the adapter was trained on other base weights.
+
+    If one component refuses its adapter, all are left as they were.
     """
     places = sorted(path.parent for path in Path(folder).glob(f"*/{ADAPTER_CONFIG}"))
     places = [place for place in places if not place.name.startswith(".")]
@@ -109,14 +111,17 @@ def load_adapter(
         raise FileNotFoundError(
             f"folder must hold an adapter, COMPONENT/{ADAPTER_CONFIG}; {folder} holds none"
         )
+    modules: dict[Path, Any] = {}
     for place in places:
-        module = _components(pipe).get(place.name)
+        module = modules[place] = _components(pipe).get(place.name)
         if not isinstance(module, nn.Module):
             raise ValueError(
                 f"folder must hold adapters of the pipeline's components; {folder} has one for "
                 f"{place.name!r}, which {type(pipe).__name__} lacks"
             )
-        load_component(module, place, adapter_name, is_trainable=is_trainable)
+    with unchanged_if_refused(modules.values(), adapter_name):
+        for place, module in modules.items():
+            load_component(module, place, adapter_name, is_trainable=is_trainable)
 
 
 def register_checkpoint_hooks(
@@ -161,8 +166,9 @@ def register_checkpoint_hooks(
 
     def load(models: list[nn.Module], folder: str) -> None:
         check(models)
-        for name, module in modules.items():
-            restore_adapter(module, Path(folder) / name, adapter_name)
+        with unchanged_if_refused(modules.values(), adapter_name):
+            for name, module in modules.items():
+                restore_adapter(module, Path(folder) / name, adapter_name)
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)

@@ -124,6 +124,7 @@ class FoldedBasis:
             or self._terms is None
             or self._terms[0] is not singular_values
             or self._terms[2] != marks
+            or self._were_freed()
         ):
             self._terms = (singular_values, offset, marks)
             shift_together([self])
@@ -138,7 +139,7 @@ class FoldedBasis:
         if (
             marks != self._marks
             or not all(map(is_, sources, self._sources))
-            or any([storage.expired() for storage in self._storages])  # noqa: C419 (at every call)
+            or self._were_freed()
         ):
             self._forget_others(sources, marks)
         if (self.rotated is None and self.weight is None) or torch.is_inference_mode_enabled():
@@ -148,16 +149,16 @@ class FoldedBasis:
             if kept is not None and kept.is_inference():
                 setattr(self, name, None)
 
-    def _forget_others(self, sources: tuple[Tensor | None, ...], marks: list[int | None]) -> None:
-        """Forget what was made from other tensors than these or views of the same numbers.
+    def _were_freed(self) -> bool:
+        """Whether the memory of a source is gone, and may be another's by now."""
+        return any([storage.expired() for storage in self._storages])  # noqa: C419 (at every call)
 
-        Those that lie where others lay, which are gone by now, are others.
-        """
+    def _forget_others(self, sources: tuple[Tensor | None, ...], marks: list[int | None]) -> None:
+        """Forget what was made from other tensors than these or views of the same numbers."""
         layouts: list[Any] = [
             None if t is None else (t.shape, t.stride(), t.dtype) for t in sources
         ]
-        were_freed = any(storage.expired() for storage in self._storages)
-        if marks != self._marks or layouts != self._layouts or were_freed:
+        if marks != self._marks or layouts != self._layouts or self._were_freed():
             self.rotated = self.weight = None
         self._sources, self._layouts, self._marks = sources, layouts, marks
         self._storages = [StorageWeakRef(t.untyped_storage()) for t in sources if t is not None]

@@ -39,12 +39,21 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     Raises:
         ValueError: another number of them, or one that is not finite.
     """
-    found = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    try:
+        found = [1.0] * count if weights is None else [_number(weight) for weight in weights]
+    except (TypeError, ValueError):
+        found = []
     if len(found) != count or not all(isfinite(weight) for weight in found):
         raise ValueError(
             f"weights must hold one finite number for each of {count} adapters; got {weights!r}"
         )
     return found
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, (str, bytes)):
+        raise TypeError
+    return float(value)
 
 
 def _of_angles(skew: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -184,6 +193,8 @@ def gradient_fusion(
         raise ValueError(
             f"moments must hold one matrix for each of {len(changes)} changes; got {len(moments)}"
         )
+    if isinstance(regularization, bool) or not isinstance(regularization, (int, float)):
+        raise TypeError(f"regularization must be a number; got {regularization!r}")
     if not (isfinite(regularization) and regularization >= 0) or min(weights) < 0:
         raise ValueError(
             "regularization and weights must not be negative; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -190,13 +191,19 @@ class NF4Matrix(QuantizedMatrix):
     def product(self, x: Tensor) -> Tensor:
         import bitsandbytes
 
+        if x.device.type == "cpu" and self.shape[1] % self._BLOCK:
+            return linear(x, self.dequantized(x.dtype))
         return bitsandbytes.matmul_4bit(x, self.packed, self._state(x.dtype))
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        dense: Tensor = dequantize_4bit(self.packed, self._state(dtype))
-        return dense
+        # As one row: on a CPU with AVX-512, bitsandbytes 0.50.2 takes wrong scales for rows whose
+        # length is no multiple of the block's.
+        state = self._state(dtype)
+        state.shape = (1, prod(self.shape))
+        dense: Tensor = dequantize_4bit(self.packed, state)
+        return dense.view(self.shape)
 
 
 _FORMATS: dict[str, type[QuantizedMatrix]] = {

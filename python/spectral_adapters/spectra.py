@@ -316,7 +316,7 @@ def fingerprint_of(
     if factorisation.of_weight:
         return Fingerprint.of(weight, basis, weight_hash)
     # Nothing of the weight but its shape, so that any of this shape will do.
-    return Fingerprint.of(torch.zeros(()), basis)
+    return Fingerprint.of(torch.zeros((), dtype=torch.float32), basis)
 
 
 def _moved(decomposed: Decomposed, device: torch.device) -> Decomposed:

@@ -23,7 +23,12 @@ from spectral_adapters.decomposition import (
 from spectral_adapters.peft._config import SpectralConfig
 from spectral_adapters.peft._folder import PREFIX, WEIGHTS
 from spectral_adapters.peft._layer import SpectralLayer
-from spectral_adapters.peft._model import adapted_layers, check_rank_pattern, pattern_value
+from spectral_adapters.peft._model import (
+    adapted_layers,
+    check_patterns,
+    check_rank_pattern,
+    pattern_value,
+)
 
 #: Of columns by name.
 CHOICES = (*COLUMNS, "random")
@@ -62,13 +67,13 @@ class ColumnConfig(SpectralConfig):
         super().__post_init__()
         check_choice("algorithm", self.algorithm, ALGORITHMS)
         if not isinstance(self.columns, str) and isinstance(self.columns, Iterable):
-            self.columns = list(self.columns)
+            self.columns = _indices("columns", self.columns)
         check_rank_pattern(self.rank_pattern)
         if self.rank_pattern is not None and not isinstance(self.columns, str):
             raise ValueError(
                 f"rank_pattern must be None when columns holds indices; got {self.rank_pattern!r}"
             )
-        check_columns_pattern(self.columns_pattern)
+        self.columns_pattern = _columns_pattern(self.columns_pattern)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an int of at least 0; got {self.seed!r}")
         if isinstance(self.columns, str):
@@ -173,19 +178,29 @@ def saved_columns(directory: str | Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def check_columns_pattern(value: Any) -> None:
-    """Raise unless ``value`` is None or maps patterns of names to different indices."""
+def _columns_pattern(value: Any) -> dict[str, list[int]] | None:
+    """Patterns of names with lists of different indices, which JSON can hold."""
     if value is None:
-        return
+        return None
     if not isinstance(value, Mapping):
         raise TypeError(
             f"columns_pattern must be a dict from module names to lists of ints; got {value!r}"
         )
-    for pattern, columns in value.items():
-        if isinstance(columns, str):
-            raise TypeError(f"columns_pattern[{pattern!r}] must hold ints; got {columns!r}")
-        try:
-            # All but the weight's own rank can be checked here.
-            select_columns(columns, None, sys.maxsize)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"columns_pattern[{pattern!r}]: {error}") from None
+    check_patterns("columns_pattern", value)
+    return {
+        pattern: _indices(f"columns_pattern[{pattern!r}]", columns)
+        for pattern, columns in value.items()
+    }
+
+
+def _indices(argument: str, columns: Any) -> list[int]:
+    """Different indices as a list; the rank that bounds them is not known here."""
+    if isinstance(columns, str) or not isinstance(columns, Iterable):
+        raise TypeError(f"{argument} must hold ints; got {columns!r}")
+    found = list(columns)
+    for index in found:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"{argument} must hold ints; got {index!r}")
+    if not found or len(set(found)) < len(found) or min(found) < 0:
+        raise ValueError(f"{argument} must hold different indices of at least 0; got {found!r}")
+    return found

@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import onload_layer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectral_adapters._files import save_tensors, staged
 from spectral_adapters.functional import without_autocast
-from spectral_adapters.peft._folder import PREFIX, WEIGHTS, check_adapter_name
+from spectral_adapters.peft._folder import PREFIX, WEIGHTS, adapter_tensors, check_adapter_name
 from spectral_adapters.peft._layer import SpectralLayer
-from spectral_adapters.peft._model import adapted_layers
+from spectral_adapters.peft._model import adapted_layers, detach_unused_bank
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,41 @@ def to_lora(
 
     Raises:
         ValueError: no such adapter, a rank that does not fit or is missing, or a convolution with
-            groups, dilation or a padding mode, which no LoRA has.
+            groups, dilation or a padding mode, which no LoRA has; or the adapter has
+            ``modules_to_save``, which only :func:`export_lora` writes.
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be an int of at least 1; got {rank!r}")
+    layers = _exported_layers(model, adapter_name)
+    names = _saved_names(model, adapter_name)
+    if names:
+        raise ValueError(
+            "adapter_name must be an adapter without modules_to_save, which the matrices of a "
+            f"LoRA do not hold; {adapter_name!r} has {names}: write a PEFT folder with "
+            "spectral_adapters.peft.export_lora, or export a merged checkpoint"
+        )
+    return _as_lora(model, layers, adapter_name, rank)
+
+
+def _exported_layers(model: nn.Module, adapter_name: str) -> list[SpectralLayer]:
     layers = adapted_layers(model, adapter_name)
     if not layers:
         check_adapter_name(model, adapter_name, ())
+    return layers
+
+
+def _saved_names(model: nn.Module, adapter_name: str) -> list[str]:
+    """The modules that an adapter saves whole."""
+    return [
+        name.removeprefix(PREFIX)
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    ]
+
+
+def _as_lora(
+    model: nn.Module, layers: list[SpectralLayer], adapter_name: str, rank: int | None
+) -> LoRAExport:
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be an int of at least 1; got {rank!r}")
     factors, errors = {}, {}
     for layer in layers:
         down, up, errors[layer.name] = _factors(layer, adapter_name, rank)
@@ -117,7 +147,7 @@ def lora_of(
 def _factors(layer: SpectralLayer, adapter: str, rank: int | None) -> tuple[Tensor, Tensor, float]:
     """(down [q, in], up [out, q], error) in float64 on the CPU."""
     scale = layer.scaling[adapter]
-    device = layer._base_weight.device
+    device = layer._new_device()
     with without_autocast(device):
         if layer.is_low_rank:
             down, up = (part.double().cpu() for part in layer._low_rank(adapter, device))
@@ -170,6 +200,7 @@ def _tensors(name: str, base: nn.Module, down: Tensor, up: Tensor, rank: int) ->
     return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
 
 
+@torch.no_grad()
 def export_lora(
     model: nn.Module,
     directory: str | Path,
@@ -179,15 +210,24 @@ def export_lora(
 ) -> Mapping[str, float]:
     """Write an adapter as a PEFT LoRA folder; arguments and errors as for :func:`to_lora`.
 
-    ``PeftModel.from_pretrained(base, directory)`` loads it without this package.
+    ``PeftModel.from_pretrained(base, directory)`` loads it without this package. Modules in
+    ``modules_to_save`` are written along.
 
     Returns:
         The relative error by module, see :class:`LoRAExport`.
     """
-    lora = to_lora(model, adapter_name, rank=rank)
+    layers = _exported_layers(model, adapter_name)
+    lora = _as_lora(model, layers, adapter_name, rank)
     tensors = {PREFIX + key: value for key, value in lora.state_dict.items()}
+    config, names = lora.config, _saved_names(model, adapter_name)
+    if names:
+        config.modules_to_save = names
+        own = f".{layers[0].prefix}"
+        for key, value in adapter_tensors(model, adapter_name).items():
+            if own not in key:
+                tensors[key] = value
     with staged(Path(directory)) as (part,):
-        lora.config.save_pretrained(str(part))
+        config.save_pretrained(str(part))
         save_tensors(part / WEIGHTS, tensors, {"format": "pt"})
     return lora.errors
 
@@ -198,7 +238,8 @@ def merge_and_unload(
 ) -> nn.Module:
     """Merge an injected adapter into the base weights and take all spectral layers out, in place.
 
-    For models that are no ``PeftModel``; this one has its own method of the same name.
+    For models that are no ``PeftModel``; this one has its own method of the same name. Modules in
+    ``modules_to_save`` become the adapter's copies, those of other adapters alone what they were.
 
     Raises:
         ValueError: the model has no such adapter, or, with ``safe_merge``, the merged weights would
@@ -209,20 +250,37 @@ def merge_and_unload(
     }
     check_adapter_name(model, adapter_name, [n for layer in names.values() for n in layer.configs])
     for layer in names.values():
-        if layer.merged:
-            layer.unmerge()
-        if adapter_name in layer.configs:
-            layer.merge(safe_merge=safe_merge, adapter_names=[adapter_name])
-    take_out(model, names)
+        with onload_layer(layer):
+            if layer.merged:
+                layer.unmerge()
+            if adapter_name in layer.configs:
+                layer.merge(safe_merge=safe_merge, adapter_names=[adapter_name])
+    take_out(model, names, adapter_name)
     return model
 
 
-def take_out(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Put base layers in the place of a model's adapted layers, given by name, and forget them."""
-    for name, layer in layers.items():
+def take_out(model: nn.Module, layers: Mapping[str, Any], adapter_name: str | None = None) -> None:
+    """Put plain modules in the place of a model's adapted layers, given by name, and forget them.
+
+    A module that adapters save whole becomes the copy of ``adapter_name``, or else what it was.
+    """
+    # What is inside comes first.
+    for name, module in reversed(list(model.named_modules())):
+        if name in layers:
+            plain: Any = layers[name].get_base_layer()
+            if isinstance(module, SpectralLayer):
+                module.forget_merged()
+        elif isinstance(module, ModulesToSaveWrapper):
+            copies: dict[Any, nn.Module] = dict(module.modules_to_save.items())
+            plain = copies.get(adapter_name, module.original_module)
+        elif isinstance(module, TrainableTokensWrapper):
+            plain = module.token_adapter
+        else:
+            continue
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    plain: Any = model
+        setattr(model.get_submodule(parent), child, plain)
+    detach_unused_bank(model)
+    plain = model
     if hasattr(plain, "peft_config"):
         del plain.peft_config
     if hasattr(plain, "_hf_peft_config_loaded"):

@@ -225,12 +225,17 @@ class FrozenFactors(nn.Module):
         self.is_stale = False
 
     def on(self, device: torch.device) -> SpectralBasis:
-        """The factorisation on ``device``; it stays there. Made dense if it is quantised."""
+        """The factorisation on ``device``; it stays there. Made dense if it is quantised.
+
+        Raises:
+            ValueError: ``device`` is the meta device, where the factors would be lost.
+        """
         if self.quantization is not None:
             return self.quantized_on(device).dequantized()
         basis = self.basis
         assert isinstance(basis, SpectralBasis)
         if basis.left.device != device:
+            _check_device(device)
             self.basis = basis = _map(lambda factor: factor.to(device), basis)
         return basis
 
@@ -238,6 +243,7 @@ class FrozenFactors(nn.Module):
         """The quantised factorisation on ``device``; it stays there."""
         assert isinstance(self.basis, QuantizedBasis)
         if self.basis.left.device != device:
+            _check_device(device)
             self.basis = self.basis.to(device)
         return self.basis
 
@@ -323,6 +329,14 @@ class FrozenFactors(nn.Module):
             missing_keys.extend(missing)
             return
         self._take({name: state_dict[prefix + name] for name in names})
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "meta":
+        raise ValueError(
+            "factors cannot be moved to the meta device, where they would be lost; if the base "
+            "weight is there because of offloading, load it first (remove accelerate's hooks)"
+        )
 
 
 @torch.no_grad()

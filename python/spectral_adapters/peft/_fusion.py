@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spectral_adapters._validation import check_choice
+from spectral_adapters._validation import check_choice, check_tensor
 from spectral_adapters.fusion import (
     CHANGE_METHODS,
     check_weights,
@@ -32,7 +32,7 @@ from spectral_adapters.peft._export import (
 )
 from spectral_adapters.peft._folder import check_adapter_name
 from spectral_adapters.peft._layer import SpectralLayer
-from spectral_adapters.peft._model import combine_adapters
+from spectral_adapters.peft._model import check_adapters, check_new_name, combine_adapters
 
 #: Methods whose result is an adapter of the same kind, and what ``add_weighted_adapter`` calls it.
 ADAPTER_METHODS = {"spectral": "spectral", "geodesic": "geodesic", "delta": "sum"}
@@ -71,24 +71,25 @@ def fuse(
         allow_overlap: for "spectral": add the shifts of a column up that several adapters have.
 
     Raises:
-        ValueError: naming the argument; columns that collide; settings that differ; a rotation by
-            half a turn; or, for "delta", a sum that is no adapter of the method.
+        TypeError, ValueError: naming the argument; columns that collide; settings that differ; a
+            rotation by half a turn; or, for "delta", a sum that is no adapter of the method.
     """
     check_choice("method", method, tuple(ADAPTER_METHODS))
-    if allow_overlap and method != "spectral":
-        raise ValueError(f'allow_overlap is for method "spectral"; got True for {method!r}')
-    numbers = check_weights(weights, len(adapters))
-    kind, options = ADAPTER_METHODS[method], {"allow_overlap": True} if allow_overlap else {}
+    _check_overlap(allow_overlap, method)
     configs: Any = getattr(model, "peft_config", {})
+    adapters = check_adapters(adapters, configs)
+    numbers = check_weights(weights, len(adapters))
+    check_new_name(adapter_name, configs)
+    kind, options = ADAPTER_METHODS[method], {"allow_overlap": True} if allow_overlap else {}
     if isinstance(model, PeftModel):
-        if all(isinstance(configs.get(name), LoraConfig) for name in adapters) and adapters:
+        if all(isinstance(configs[name], LoraConfig) for name in adapters):
             # Stacks the factors, which is exact; "linear" would sum factors instead.
             kind = {"sum": "cat"}.get(kind, kind)
         tuner: Any = model.base_model
         if not hasattr(tuner, "add_weighted_adapter"):
             raise ValueError(f"adapters must be of a method that can be fused; got {adapters!r}")
         tuner.add_weighted_adapter(
-            list(adapters), numbers, adapter_name, combination_type=kind, **options
+            adapters, numbers, adapter_name, combination_type=kind, **options
         )
         model.set_adapter(adapter_name)
         return
@@ -98,6 +99,11 @@ def fuse(
             inject_adapter_in_model(configs[name], model, name)
 
     combine_adapters(model, adapters, numbers, adapter_name, kind, inject, **options)
+
+
+def _check_overlap(allow_overlap: bool, method: str) -> None:
+    if allow_overlap and method != "spectral":
+        raise ValueError(f'allow_overlap is for method "spectral"; got True for {method!r}')
 
 
 @contextmanager
@@ -171,17 +177,25 @@ def _as_weight(base: Any, matrix: Tensor) -> Tensor:
 
 
 def _base_layers(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The base layers that changes are of; ``ValueError`` if there is none or of another shape."""
+    """The base layers that changes are of; raise if there is none or of another shape."""
+    if not isinstance(changes, Mapping):
+        raise TypeError(f"changes must be a dict from layers to tensors; got {changes!r}")
     modules = dict(_base_model(model).named_modules())
     found = {}
     for name, change in changes.items():
         layer: Any = modules.get(name)
         base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
         weight = getattr(base, "weight", None)
-        if weight is None or weight.dtype not in BASE_DTYPES.values():
+        if (
+            not isinstance(weight, Tensor)
+            or weight.dtype not in BASE_DTYPES.values()
+            or weight.dim() < 2
+        ):
             raise ValueError(
-                f"changes must be of layers with a weight that is not quantised; {name} is none"
+                "changes must be of layers with a matrix for their weight that is not quantised; "
+                f"{name} is none"
             )
+        check_tensor(f"changes[{name!r}]", change)
         shape = tuple(_as_matrix(base, weight).shape)
         if shape != tuple(change.shape) or not bool(torch.isfinite(change).all()):
             raise ValueError(
@@ -204,10 +218,16 @@ def merge_changes(model: nn.Module, changes: Mapping[str, Tensor]) -> nn.Module:
         The base model.
 
     Raises:
-        ValueError: a change has no layer, another shape or numbers that are not finite; the base
-            is quantised. Nothing was changed then.
+        TypeError, ValueError: a change is no tensor, has no layer, another shape or numbers that
+            are not finite; the base is quantised or offloaded. Nothing was changed then.
     """
     bases = _base_layers(model, changes)
+    absent = [name for name, base in bases.items() if base.weight.is_meta]
+    if absent:
+        raise ValueError(
+            f"changes must be of weights that are here; those of {absent} are on the meta device: "
+            "if they are offloaded, remove the hooks of accelerate first"
+        )
     plain = _base_model(model)
     layers = {n: m for n, m in plain.named_modules() if isinstance(m, BaseTunerLayer)}
     for layer in layers.values():
@@ -245,9 +265,11 @@ def fuse_and_unload(
         The base model.
 
     Raises:
-        ValueError: naming the argument.
+        TypeError, ValueError: naming the argument.
     """
     check_choice("method", method, FUSION_METHODS)
+    _check_overlap(allow_overlap, method)
+    adapters = check_adapters(adapters, getattr(model, "peft_config", {}))
     if method in CHANGE_METHODS:
         changes = [weight_changes(model, name) for name in adapters]
         fused = fuse_changes(
@@ -358,9 +380,15 @@ def init_orthogonal_lora(
         seed: of the matrix.
 
     Raises:
-        ValueError: no such LoRA; convolutions and embeddings; rows that do not fit.
+        TypeError, ValueError: no such LoRA; convolutions and embeddings; rows that do not fit.
+            Nothing was changed then.
     """
-    for name, layer in list(_adapted_loras(model, adapter_name)):
+    if not isinstance(rows, (Mapping, Sequence)):
+        raise TypeError(f"rows must be a list of ints or a dict of such lists; got {rows!r}")
+    matrices = []
+    for name, layer in _adapted_loras(model, adapter_name):
+        if isinstance(rows, Mapping) and name not in rows:
+            raise ValueError(f"rows must have every layer of the LoRA; got none for {name}")
         chosen = rows[name] if isinstance(rows, Mapping) else rows
         down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         if len(chosen) != len(down):
@@ -368,7 +396,9 @@ def init_orthogonal_lora(
                 f"rows must hold as many indices as the LoRA's rank; {name} has {len(down)}, got "
                 f"{list(chosen)!r}"
             )
-        down.copy_(orthonormal_rows(down.shape[1], chosen, seed=seed))
+        matrices.append((down, up, orthonormal_rows(down.shape[1], chosen, seed=seed)))
+    for down, up, values in matrices:
+        down.copy_(values)
         up.zero_()
         down.requires_grad_(False)
 

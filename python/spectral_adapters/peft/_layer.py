@@ -13,13 +13,15 @@ import math
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
+from weakref import WeakSet
 
 import torch
 from huggingface_hub.utils import tqdm
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, conv3d, embedding, linear
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from spectral_adapters import spectra
@@ -46,6 +48,9 @@ _FINGERPRINT_SIZE = 161
 
 #: Bytes of factors that are dense at a time before they are quantised.
 _DENSE_FACTORS = 2**30
+
+#: The layers that have merged adapters into a weight, which tied layers have in common.
+_MERGED: MutableMapping[nn.Parameter, WeakSet[SpectralLayer]] = WeakIdKeyDictionary()
 
 
 class LinearChange(NamedTuple):
@@ -130,6 +135,8 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Any = None
         self._disable_adapters = False
+        # PEFT and diffusers switch this off and on; no input is cast here in either case.
+        self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -273,11 +280,11 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         backend, base = self.quantization_backend, cast(Any, self.get_base_layer())
         assert backend is not None
         if self._unmerged_weight is None:
-            return backend.get_base_weight(base)
+            return _dequantize(backend, base)
         merged = _quantized_state(base)
         try:
             _set_quantized_state(base, self._unmerged_weight)
-            return backend.get_base_weight(base)
+            return _dequantize(backend, base)
         finally:
             _set_quantized_state(base, merged)
 
@@ -330,7 +337,7 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         if weight.is_meta:
             raise ValueError(
                 f"{self.name}: the base weight is on the meta device and cannot be decomposed; "
-                "load the base weights first"
+                "load the base weights first, and offload them afterwards"
             )
         if frozen.are_loaded:
             frozen.compare(weight, recorded)
@@ -346,7 +353,9 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def _record(self, adapter: str, fingerprint: Fingerprint) -> None:
         """Let an adapter remember the base weight that it is on."""
-        self._fingerprints[adapter] = fingerprint.to_tensor().to(self._base_weight.device)
+        # One made in inference mode could not be overwritten later.
+        with torch.inference_mode(False):
+            self._fingerprints[adapter] = fingerprint.to_tensor().to(self._new_device())
         self._fingerprints.unverified.discard(adapter)
 
     def _refusal(self, adapter: str, recorded: Fingerprint, weight: Tensor) -> str | None:
@@ -362,7 +371,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             frozen = self._assign_factors(adapter, recorded.base_dtype)
         reason = recorded.mismatch(frozen.compute(weight))
         if reason is not None and not frozen.factorisation.of_weight:
-            return f"it was trained on a weight of another shape than {frozen.shape}"
+            return (
+                f"it was trained on a weight of another shape than {frozen.shape}, or with another "
+                f"seed or size of its frozen matrices than {frozen.factorisation}"
+            )
         return reason
 
     def _refused(self, adapter: str, reason: str) -> str:
@@ -511,9 +523,12 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             if adapter in self.scaling:
                 self.scaling[adapter] = 1.0 if scale is None else self.scaling[adapter] / scale
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """``scale * (W' - W0)`` in the base weight's layout; exactly zero if untrained."""
-        device = self._base_weight.device
+    def get_delta_weight(self, adapter: str, device: torch.device | None = None) -> Tensor:
+        """``scale * (W' - W0)`` in the base weight's layout; exactly zero if untrained.
+
+        On the base weight's device unless another is given.
+        """
+        device = self._new_device() if device is None else device
         with without_autocast(device):
             return self.scaling[adapter] * self._as_weight(self._delta_matrix(adapter, device))
 
@@ -580,8 +595,8 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             adapter_names: the adapters to merge, by default the active ones.
 
         Raises:
-            ValueError: the base weight is sharded, or the merged weight would not be finite (with
-                ``safe_merge``).
+            ValueError: the base weight is sharded or offloaded, or the merged weight would not be
+                finite (with ``safe_merge``).
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.configs]
@@ -593,13 +608,14 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
                 f"{self.name}: adapters cannot be merged into a sharded weight; save the adapter, "
                 "load it on an unsharded base and merge there"
             )
+        self._check_onloaded()
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ValueError(
                 f"{self.name}: adapters cannot be merged into a weight quantised by "
                 f"{backend.backend_name}"
             )
-        merged: Tensor = weight if backend is None else backend.get_base_weight(self.base_layer)
+        merged: Tensor = weight if backend is None else _dequantize(backend, self.base_layer)
         plain = merged.dtype
         for name in names:
             # In the wider dtype of the two: a half-precision weight is rounded once.
@@ -614,22 +630,47 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             backend.set_base_weight(self, merged.to(plain))
         else:
             if self._unmerged_weight is None:
-                self._unmerged_weight = weight.detach().clone()
+                kept = [layer._unmerged_weight for layer in _merged_into(weight)]
+                self._unmerged_weight = kept[0] if kept else weight.detach().clone()
+            _MERGED.setdefault(weight, WeakSet()).add(self)
             weight.data.copy_(merged)
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the base weight back as it was before merging, to the last bit."""
+        """Put the base weight back as it was before merging, to the last bit.
+
+        What other layers have merged into the same weight stays merged.
+        """
         if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._check_onloaded()
+        weight, unmerged = self._base_weight, self._unmerged_weight
+        self.forget_merged()
         if self.quantization_backend is not None:
-            _set_quantized_state(self.get_base_layer(), self._unmerged_weight)
-        else:
-            self._base_weight.data.copy_(self._unmerged_weight)
+            _set_quantized_state(self.get_base_layer(), unmerged)
+            return
+        weight.data.copy_(unmerged)
+        for layer in _merged_into(weight):
+            changed: Tensor = weight
+            for name in layer.merged_adapters:
+                changed = changed + layer.get_delta_weight(name)
+            weight.data.copy_(changed)
+
+    def forget_merged(self) -> None:
+        """Take the base weight as it is now for the unmerged one."""
         self._unmerged_weight = None
         self.merged_adapters.clear()
+
+    def _check_onloaded(self) -> None:
+        """Raise ``ValueError`` if the base weight is offloaded and cannot be written."""
+        if self._base_weight.is_meta:
+            raise ValueError(
+                f"{self.name}: the base weight is on the meta device, as offloading leaves it; "
+                "merge and unmerge with the methods of the PEFT model, which load it, or remove "
+                "the hooks of accelerate first"
+            )
 
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
@@ -639,11 +680,31 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             return self._mixed_forward(x, adapter_names, args, kwargs)
         if self.disable_adapters:
             if self.merged:
-                self.unmerge()
+                self._unmerge_tied()
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        return self._adapted_forward(x, self.active_adapters, args, kwargs)
+        active = self.active_adapters
+        self._check_trained(x, active)
+        return self._adapted_forward(x, active, args, kwargs)
+
+    def _unmerge_tied(self) -> None:
+        """Unmerge this layer and all others that are merged into its weight."""
+        for layer in {self, *_merged_into(self._base_weight)}:
+            with onload_layer(layer):
+                layer.unmerge()
+
+    def _check_trained(self, x: Tensor, adapters: Sequence[str]) -> None:
+        """Raise ``ValueError`` if what was trained of an adapter is offloaded."""
+        trained = cast(Any, self._modules[self.adapter_layer_names[0]])._parameters
+        for name in adapters:
+            values = trained.get(name)
+            if values is not None and values.is_meta and not x.is_meta:
+                raise ValueError(
+                    f"{self.name}: the trained parameters of {name!r} are on the meta device; if "
+                    "the whole model was offloaded, offload its base layers alone, or all of an "
+                    f'adapted layer at once (preload_module_classes=["{type(self).__name__}"])'
+                )
 
     def _adapted_forward(
         self, x: Tensor, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -655,18 +716,20 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
             return self._add_low_rank(x, active, args, kwargs)
         if args or kwargs or not self._base_is_ordinary():
             y = self.base_layer(x, *args, **kwargs)
-            return y + self._use(x, self._total_delta(active), None).to(y.dtype)
+            return y + self._use(x, self._total_delta(active, y.device), None).to(y.dtype)
         base: Any = self.base_layer
+        weight, bias = base.weight, getattr(base, "bias", None)
         if (
             len(active) == 1
             and self.scaling[active[0]] == 1
-            and self._frozen(active[0]).replaces(base.weight)
+            # The factors give the base weight no gradient and do not follow it.
+            and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+            and self._frozen(active[0]).replaces(weight)
         ):
             replaced = self._replace_base(x, active[0])
             if replaced is not None:
                 return replaced
-        bias = getattr(base, "bias", None)
-        return self._use(x, base.weight + self._total_delta(active), bias)
+        return self._use(x, weight + self._total_delta(active, x.device), bias)
 
     def _add_low_rank(
         self, x: Tensor, active: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -702,6 +765,9 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
                 f"adapter_names cannot be used while {self.merged_adapters} are merged; "
                 "unmerge them first"
             )
+        if not adapter_names:
+            return self.base_layer(x, *args, **kwargs)
+        self._check_trained(x, adapter_names)
         parts = []
         for name in dict.fromkeys(adapter_names):
             rows = [i for i, other in enumerate(adapter_names) if other == name]
@@ -718,10 +784,10 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
         base = self.base_layer
         return type(base) in self._ORDINARY and not is_hooked(base)
 
-    def _total_delta(self, adapters: Sequence[str]) -> Tensor:
-        total = self.get_delta_weight(adapters[0])
+    def _total_delta(self, adapters: Sequence[str], device: torch.device) -> Tensor:
+        total = self.get_delta_weight(adapters[0], device)
         for name in adapters[1:]:
-            total = total + self.get_delta_weight(name)
+            total = total + self.get_delta_weight(name, device)
         return total
 
     def _use(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -733,6 +799,32 @@ class SpectralLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return self.prefix.removesuffix("_") + "." + super().__repr__()
+
+
+def _merged_into(weight: nn.Parameter) -> list[SpectralLayer]:
+    """The layers that have adapters merged into a weight, of tied ones several."""
+    layers = _MERGED.get(weight, ())
+    return [layer for layer in layers if layer.merged and layer._base_weight is weight]
+
+
+def _dequantize(backend: QuantizationBackend, base: Any) -> Tensor:
+    """The dense weight [out, in] of a quantised layer.
+
+    In evaluation mode bitsandbytes packs 4-bit weights anew for its CPU kernel, with scales rounded
+    to bf16; its own dequantisation takes them as they were.
+    """
+    state: Any = getattr(base.weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return backend.get_base_weight(base)
+    from bitsandbytes import functional
+
+    state = copy.copy(state)
+    scales = state.absmax.T.reshape(-1).float()
+    # The inverse would quantise nested scales again, and leaves others transposed.
+    state.original_nested = False
+    values, state = functional._convert_weight_packed_for_cpu_inverse(base.weight.data, state)
+    state.absmax = scales
+    return functional.dequantize_4bit(values, state)
 
 
 def _quantized_state(base: Any) -> tuple[Any, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectral_adapters._validation import check_choice
+from spectral_adapters.fusion import check_weights
 from spectral_adapters.peft._config import BASE_DTYPES, SpectralConfig, dtype_name
 from spectral_adapters.peft._layer import SpectralLayer, prepare
 from spectral_adapters.rotation_bank import RotatedLayer, RotationBank
@@ -54,8 +56,14 @@ class SpectralModel(BaseTuner):
     pattern_options: ClassVar[tuple[str, ...]] = ()
     #: What ``combine`` of the layers computes, if the method has it.
     combination: ClassVar[str] = "sum"
+    #: What ``_combined_config`` takes beside the adapters.
+    combination_options: ClassVar[tuple[str, ...]] = ()
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        for option in ("target_modules", "exclude_modules"):
+            value = getattr(config, option)
+            if value is not None and not isinstance(value, (str, list, set, tuple)):
+                raise TypeError(f"{option} must be a str or hold names of modules; got {value!r}")
         super()._check_new_adapter_config(config)
         for layer in spectral_layers(self.model):
             if layer.merged:
@@ -85,7 +93,20 @@ class SpectralModel(BaseTuner):
         }
         # Where layers differ, each knows its own precision from the fingerprint.
         if config.base_dtype is None and len(dtypes) == 1:
+            # The caller's object may be for other models too.
+            config = self.peft_config[adapter_name] = copy.copy(config)
             config.base_dtype = dtype_name(dtypes.pop())
+            for layer in layers:
+                layer.configs[adapter_name] = config
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's own, after which nothing of this package is left."""
+        layers = spectral_layers(self.model)
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in layers:
+            layer.forget_merged()
+        detach_unused_bank(self.model)
+        return unloaded
 
     def _create_and_replace(
         self,
@@ -228,7 +249,7 @@ class SpectralModel(BaseTuner):
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
-        weights: Sequence[float],
+        weights: Sequence[float] | None,
         adapter_name: str,
         combination_type: str = "sum",
         **options: Any,
@@ -242,9 +263,11 @@ class SpectralModel(BaseTuner):
         * ``"geodesic"``: SODA with equal settings, rotations mixed by their logarithms.
 
         Modules in ``modules_to_save`` have no sum: each is copied from the one adapter that has it.
+        Weights are 1 if None.
 
         Raises:
-            ValueError: the combination is no adapter of this method, or an argument does not fit.
+            TypeError, ValueError: the combination is no adapter of this method, or an argument does
+                not fit.
         """
         inject = partial(self.inject_adapter, self.model)
         combine_adapters(
@@ -308,10 +331,17 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> list[SpectralLayer]:
     return [layer for layer in spectral_layers(model) if adapter_name in layer.configs]
 
 
+def detach_unused_bank(model: nn.Module) -> None:
+    """Take the rotation bank off a model that has no layer for it any more."""
+    bank = RotationBank.of(model)
+    if bank is not None and not any(isinstance(m, RotatedLayer) for m in model.modules()):
+        bank.detach(model)
+
+
 def combine_adapters(
     model: nn.Module,
     adapters: Sequence[str],
-    weights: Sequence[float],
+    weights: Sequence[float] | None,
     adapter_name: str,
     combination_type: str,
     inject: Callable[[str], Any],
@@ -322,17 +352,9 @@ def combine_adapters(
     ``inject`` adds the adapter of this name to the model by its entry in ``model.peft_config``.
     """
     configs: Any = getattr(model, "peft_config", {})
-    unknown = sorted(set(adapters) - set(configs))
-    if unknown or not adapters or len(set(adapters)) < len(adapters):
-        raise ValueError(
-            f"adapters must name adapters of this model, each once; got {list(adapters)!r}"
-        )
-    if len(weights) != len(adapters):
-        raise ValueError(
-            f"weights must hold one number for each of {list(adapters)!r}; got {weights!r}"
-        )
-    if adapter_name in configs:
-        raise ValueError(f"adapter_name must be new; the model already has {adapter_name!r}")
+    adapters = check_adapters(adapters, configs)
+    numbers = check_weights(weights, len(adapters))
+    check_new_name(adapter_name, configs)
     config = configs[adapters[0]]
     method: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     kinds = sorted({configs[name].peft_type.value for name in adapters})
@@ -348,6 +370,9 @@ def combine_adapters(
             f"combination_type must be {method.combination!r} for {config.method} adapters; "
             f"got {combination_type!r}"
         )
+    unknown = sorted(set(options) - set(method.combination_options))
+    if unknown:
+        raise TypeError(f"a combination of {config.method} adapters has no options {unknown}")
     changed = {layer for name in adapters for layer in adapted_layers(model, name)}
     scaled = [n for n in adapters if any(layer.scaling.get(n, 1) != 1 for layer in changed)]
     if scaled and combination_type != "sum":
@@ -370,7 +395,7 @@ def combine_adapters(
         for layer in adapted_layers(model, adapter_name):
             terms = [
                 (weight * layer.scaling[name], name)
-                for weight, name in zip(weights, adapters, strict=True)
+                for weight, name in zip(numbers, adapters, strict=True)
                 if name in layer.configs
             ]
             layer.combine(terms, adapter_name)
@@ -379,6 +404,26 @@ def combine_adapters(
         del configs[adapter_name]
         delete_adapter(model, adapter_name, method.prefix)
         raise
+
+
+def check_adapters(adapters: Any, known: Mapping[str, Any]) -> list[str]:
+    """``adapters`` as a list; raise unless it names adapters of the model, each once."""
+    if isinstance(adapters, str) or not isinstance(adapters, Iterable):
+        raise TypeError(f"adapters must be a list of names of adapters; got {adapters!r}")
+    names = list(adapters)
+    if not names or any(name not in list(known) or names.count(name) > 1 for name in names):
+        raise ValueError(f"adapters must name adapters of this model, each once; got {names!r}")
+    return names
+
+
+def check_new_name(adapter_name: Any, known: Mapping[str, Any]) -> None:
+    """Raise unless ``adapter_name`` can be the name of one more adapter."""
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(
+            f"adapter_name must be a non-empty str without a dot; got {adapter_name!r}"
+        )
+    if adapter_name in known:
+        raise ValueError(f"adapter_name must be new; the model already has {adapter_name!r}")
 
 
 def _saved_modules(
@@ -410,12 +455,27 @@ def matches(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
+def check_patterns(argument: str, patterns: Mapping[Any, Any]) -> None:
+    """Raise unless the keys are names or regular expressions."""
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument} must have names of modules for keys; got {pattern!r}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{argument} must have names or regular expressions for keys; got {pattern!r} "
+                f"({error})"
+            ) from None
+
+
 def check_rank_pattern(value: Any) -> None:
     """Raise unless ``value`` is None or maps patterns of names to ranks."""
     if value is None:
         return
     if not isinstance(value, Mapping):
         raise TypeError(f"rank_pattern must be a dict from module names to ints; got {value!r}")
+    check_patterns("rank_pattern", value)
     for pattern, r in value.items():
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"rank_pattern[{pattern!r}] must be an int of at least 1; got {r!r}")

@@ -34,7 +34,7 @@ from spectral_adapters.peft._layer import (
     SpectralLayer,
     SpectralLinear,
 )
-from spectral_adapters.peft._model import SpectralModel, pattern_value
+from spectral_adapters.peft._model import SpectralModel, check_patterns, pattern_value
 from spectral_adapters.peft._registration import register
 from spectral_adapters.planner import PLANS, rates_for
 from spectral_adapters.quantization import (
@@ -138,6 +138,7 @@ class SODAConfig(SpectralConfig):
                     "factors_pattern must be a dict from module names to sizes; "
                     f"got {self.factors_pattern!r}"
                 )
+            check_patterns("factors_pattern", self.factors_pattern)
             self.factors_pattern = {
                 key: _sizes(f"factors_pattern[{key!r}]", value)
                 for key, value in self.factors_pattern.items()

@@ -126,6 +126,7 @@ class SpectralAdapterAModel(SpectralModel):
     embedding_cls = Embedding
     pattern_options = ("rank_pattern", "columns_pattern")
     combination = "spectral"
+    combination_options = ("allow_overlap",)
 
     @classmethod
     def _combined_config(

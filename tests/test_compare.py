@@ -658,11 +658,26 @@ def test_records_of_several_processes_and_a_torn_line(tmp_path):
         ({"colour": 1}, "colour: unknown"),
         ({"sweeps": 0}, "sweeps must be 1 to 9; got 0"),
         ({"sweeps": [1, 2]}, "sweeps must be 1 to 9"),
+        ({"kind": ["toy"]}, "kind must be one of"),
+        ({"options": 3}, "options must be a table; got int"),
+        ({"methods": "lora"}, "methods must be a list or a table; got 'lora'"),
+        ({"kind": "style"}, "options must have base"),
+        ({"kind": "subject", "options": {"base": 3}}, "options must have base"),
     ],
 )
 def test_bad_plans_are_refused(toy, tmp_path, change, message):
     with pytest.raises(UsageError, match=message):
         read_plan(plan_file(tmp_path, **change))
+
+
+def test_what_is_no_plan_is_refused(tmp_path):
+    place = tmp_path / "plan.yaml"
+    place.write_text("tasks: [style]")
+    with pytest.raises(UsageError, match="tasks must be a table; got list"):
+        read_plan(place)
+    place.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="cannot be read: 'utf-8' codec"):
+        read_plan(place)
 
 
 def test_bad_command_lines_are_one_line(toy, tmp_path, capsys):

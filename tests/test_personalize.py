@@ -201,6 +201,14 @@ def test_r_turns_48_columns_or_as_many_as_there_are(base):
     assert adapters.make_config(few, pipe.unet).r == 3
 
 
+def test_factors_of_dimensions_that_no_layer_has_are_told(base, capsys):
+    given = {"base": str(base), "images": "x", "output": "y", "factors": ("16=4x4", "17=17")}
+    pipe = run.load_pipeline(Settings(**given))
+    adapters.make_config(Settings(**given, target_modules=("text",)), pipe.unet)
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "--factors" in line]
+    assert told == "--factors 17=... changes nothing: the adapted layers rotate 16 dimensions"
+
+
 def test_a_takes_columns_from_all_of_the_spectrum_unless_told(base):
     given = {"base": str(base), "images": "x", "output": "y", "method": "spectral-a"}
     pipe = run.load_pipeline(Settings(**given))
@@ -481,6 +489,45 @@ def test_folder_metadata_goes_before_text_files(tmp_path):
     assert data.load_folder(tmp_path, (4, 4), caption="sks").captions == ("sks", "sks")
 
 
+def test_folders_as_other_programs_write_them(tmp_path, capsys):
+    """A mark before UTF-8, 16 bits of grey, other files beside the images."""
+    grey = np.full((8, 8), 3 * 2**14, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("grey", encoding="utf-8-sig")
+    for name in ("b.heic", "c.heic", "d.tiff", ".DS_Store"):
+        (tmp_path / name).write_text("")
+    found = data.load_folder(tmp_path, (4, 4))
+    assert found.captions == ("grey",)
+    assert found.images.mean() == pytest.approx(0.75, abs=0.01)
+    assert "1 images; files ignored: 2 .heic, 1 .tiff" in capsys.readouterr().err
+    line = json.dumps({"file_name": "a.png", "text": "grey"})
+    (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8-sig")
+    Image.fromarray(grey).save(tmp_path / "b.png")
+    assert data.load_folder(tmp_path, (4, 4)).captions == ("grey",)
+    assert "ignored: 2 .heic, 1 .tiff, 1 not in metadata.jsonl" in capsys.readouterr().err
+
+
+def test_a_folder_s_digest_tells_whether_it_changed(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def digest(caption="x"):
+        return data.load_folder(tmp_path, (4, 4), caption=caption).digest
+
+    before = digest()
+    assert digest() == before != digest("y")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    assert digest() != before
+
+
+def test_held_out_images_without_captions_take_the_one_given(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("its own")
+    settings = Settings(images="x", eval_images=str(tmp_path), caption="the one")
+    found = run.held_out_pictures(settings, None, (4, 4))
+    assert found.pictures.captions == ("its own", "the one")
+
+
 def broken_folder(kind, folder):
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     if kind == "no images":
@@ -494,6 +541,10 @@ def broken_folder(kind, folder):
         (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{oops\n')
     elif kind == "no text":
         (folder / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    elif kind == "not UTF-8":
+        (folder / "a.txt").write_bytes("café".encode("latin-1"))
+    elif kind == "another kind":
+        (folder / "a.png").rename(folder / "a.heic")
     elif kind == "no file":
         (folder / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "x"}\n')
 
@@ -505,6 +556,8 @@ def broken_folder(kind, folder):
         ("not an image", r"a\.png cannot be read"),
         ("no caption", r"no caption for .*a\.png"),
         ("empty caption", r"no caption for .*a\.png"),
+        ("not UTF-8", r"a\.txt must be UTF-8; .*0xe9"),
+        ("another kind", r"holds no images .*; files ignored: 1 \.heic"),
         ("not json", r"metadata\.jsonl, line 2: not JSON"),
         ("no text", r"line 1: no caption.*a\.png"),
         ("no file", r"c\.png does not exist"),
@@ -536,6 +589,19 @@ def test_folder_errors_name_the_file(tmp_path, kind, message):
         (("--target-modules", "nowhere"), "'nowhere' is none of text, attention"),
         (("--factors", "8x2"), "--factors must be like 640=8x8x10; got '8x2'"),
         (("--factors", "16=3x5"), "must have product 16"),
+        (("--rotation=none", "--parametrization=stiefel"), "--parametrization is of the rotation"),
+        (("--rotation=none", "--factors", "16=4x4"), "--factors is of the rotation"),
+        (("--sample-prompts", "red"), "--sample-prompts needs --sample-every"),
+        (("--sample-steps=1001",), "--sample-steps must be at most 1000"),
+        (("--eval-split=dev",), "--eval-split needs --style"),
+        (("--eval-count=7",), "--eval-count needs --style"),
+        (("--base-style=noto2",), "--base-style needs --style"),
+        (("--caption= ",), "--caption must not be empty; got ' '"),
+        (
+            (f"--base={__file__}",),
+            "is a file; a pipeline is a folder: StableDiffusionPipeline.from",
+        ),
+        (("--base=no/such",), "--base no/such is no folder here, and as a hub id it cannot be"),
         (("--resolution=17",), "--resolution must be a multiple of 2; got 17"),
         (("--resume", "--overwrite"), "nothing to resume"),
     ],
@@ -545,6 +611,88 @@ def test_bad_input_is_one_line_and_code_2(base, pictures, tmp_path, capsys, more
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("spectral-adapters personalize: error: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--factors", "16=3x5"),
+        ("--method=spectral-r", "--rank=1"),
+        ("--method=spectral-a", "--rank=100000"),
+        ("--sample-steps=1001",),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_drawn(
+    base, pictures, tmp_path, monkeypatch, more
+):
+    monkeypatch.setattr(evaluation, "draw", None)
+    prior = ("--prior-images=2", "--prior-caption=red")
+    assert cli.main(arguments(base, pictures, tmp_path / "out", *prior, *more)) == 2
+
+
+def test_output_that_is_no_run_stays_as_it_is(base, pictures, tmp_path, capsys):
+    def refused(output, message, *more):
+        before = sorted(output.rglob("*"))
+        assert cli.main(arguments(base, pictures, output, *more)) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(output.rglob("*")) == before
+
+    copied = tmp_path / "copied"
+    shutil.copytree(base, copied)
+    for more in ((), ("--overwrite",)):
+        refused(base, "is the folder of --base", *more)
+        refused(pictures, "is the folder of --images", *more)
+        refused(copied, "holds a pipeline", *more)
+    refused(
+        pictures, "is the folder of --eval-images", f"--images={base}", f"--eval-images={pictures}"
+    )
+    (copied / "model_index.json").unlink()
+    for name in ("unet", "checkpoints", "samples", "sheet.png", "report.md"):
+        place = tmp_path / name
+        (place / name).mkdir(parents=True)
+        for more in ((), ("--overwrite",)):
+            refused(place, f"holds {name}, which no run wrote", *more)
+    refused(copied, "holds unet, which no run wrote", "--overwrite")
+
+
+def test_overwriting_removes_the_run_and_nothing_else(base, pictures, finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "notes.txt").write_text("mine")
+    assert cli.main(arguments(base, pictures, output, "--overwrite", "--steps=2")) == 0
+    assert (output / "notes.txt").read_text() == "mine"
+    assert not (output / "samples").exists()
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_output_that_cannot_be_written_is_told_at_once(base, pictures, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(arguments(base, pictures, tmp_path / "file" / "run")) == 2
+    assert "run cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_a_drawing_that_fails_ends_nothing(base, pictures, finished, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+
+    def draw(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(evaluation, "draw", draw)
+    more = ("--sample-every=3", "--flip", "--caption-dropout=0.2")
+    assert cli.main(arguments(base, pictures, output, *more)) == 1
+    said = capsys.readouterr()
+    assert "step 3: no samples could be made: out of memory" in said.err
+    assert f"the report could not be made; the adapter of step {STEPS} is in {output}" in said.out
+    assert "RuntimeError: out of memory" in said.out
+    assert_equal_adapters(finished, output)
+
+
+def test_warm_up_that_outlasts_the_steps_is_told(base, pictures, tmp_path, capsys):
+    assert (
+        cli.main(arguments(base, pictures, tmp_path / "run", "--steps=1", "--warmup-steps=3")) == 0
+    )
+    told = "--warmup-steps 3 is not over after 1 steps: the learning rate comes to 25% of"
+    assert told in capsys.readouterr().err
 
 
 def test_unknown_option_value_is_code_2(capsys):
@@ -607,6 +755,57 @@ def test_a_run_is_not_replaced_unasked_nor_resumed_as_another(base, pictures, fi
     assert f"--steps must stay {STEPS}" in capsys.readouterr().err
     assert cli.main(["personalize", "--resume"]) == 2
     assert "--resume needs --output" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_from_any_folder_and_by_what_options_mean(
+    base, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("red")
+    os.symlink(base, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    small = ["--steps=1", "--target-modules", "text"]
+    start = [a for a in arguments("base", "images", "run", *small) if "learning-rate" not in a]
+    assert cli.main(start) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["base"], record["images"]) == (str(base), str(tmp_path / "images"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resume = ["personalize", "--resume", "--output=../run"]
+    same = ["--base=../base", "--images=../images", "--learning-rate=0.01"]
+    same += ["--decomposition=svd", "--parametrization=cayley", "--prior-images=0"]
+    assert cli.main([*resume, *same]) == 0
+    assert cli.main([*resume, "--images=../run"]) == 2
+    assert "--images must stay" in capsys.readouterr().err
+    assert cli.main([*resume, "--learning-rate=0.02"]) == 2
+    assert "--learning-rate must stay 0.01" in capsys.readouterr().err
+
+    (tmp_path / "images" / "a.txt").write_text("blue")
+    assert cli.main(resume) == 2
+    assert "images or captions are not those that ../run was" in capsys.readouterr().err
+    place = tmp_path / "run" / "run.json"
+    record = json.loads(place.read_text())
+    # As it was written before places were absolute and images known.
+    del record["images_digest"]
+    place.write_text(json.dumps({**record, "images": "../images", "learning_rate": None}))
+    assert cli.main(resume) == 0
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([], "run.json must hold an object; got []"),
+        ({"steps": "6"}, "run.json: steps cannot be '6'"),
+        ({"steps": None}, "run.json: steps cannot be None"),
+        ({"method": "magic"}, "run.json: method cannot be 'magic'"),
+        ({"target_modules": "text"}, "run.json: target_modules cannot be 'text'"),
+    ],
+)
+def test_a_record_that_was_changed_is_told(tmp_path, capsys, record, message):
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert cli.main(["personalize", "--resume", f"--output={tmp_path}"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_scores_know_the_nearest_truth():

@@ -222,8 +222,11 @@ class GradientPool:
             self._passes[number] = ([None] * self._count, [])
             if number != -1:
                 engine = torch.autograd.Variable._execution_engine
-                engine.queue_callback(partial(self._passes.pop, number, None))
+                engine.queue_callback(lambda: self._forget(number))
         return self._passes[number]
+
+    def _forget(self, number: int) -> None:
+        self._passes.pop(number, None)
 
 
 class _ExtensionPool(GradientPool):

@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="spectral-adapters", description="Fine-tune pretrained models in the spectral domain."
     )
+    parser.add_argument("--version", action="version", version=version("spectral-kernels"))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_personalize(commands)
     add_export(commands)
@@ -49,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(options)
     except UsageError as error:
         print(f"spectral-adapters {name}: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("spectral_"):
+            raise
+        extra = "quality" if name == "compare" else "demo"
+        needed = f"needs {error.name}, in a clone: pip install '.[{extra}]'"
+        print(f"spectral-adapters {name}: error: {needed}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print(f"spectral-adapters {name}: interrupted", file=sys.stderr)
@@ -115,9 +124,9 @@ def add_export(commands: Any) -> None:
         "export",
         help="write an adapter of a pipeline as a LoRA file, or as a merged pipeline",
         description=(
-            "Write an adapter for tools that do not know this package. Spectral Adapters A and R "
-            "and LiDB are exactly LoRAs; SODA and SVDiff are cut to --rank, with the error of each "
-            "layer printed, or merged."
+            "Write an adapter for tools that do not know this package. Spectral Adapters A and R, "
+            "LiDB and LoRA are exactly LoRAs; SODA and SVDiff are cut to --rank, with the error of "
+            "each layer printed, or merged."
         ),
     )
     parser.add_argument("--base", required=True, metavar="FOLDER|ID", help="the base pipeline")
@@ -152,20 +161,49 @@ def run_export(options: dict[str, Any]) -> int:
             adapters.load_adapter(pipe, adapter)
         except RuntimeError as error:  # trained on other base weights
             raise ValueError(" ".join(str(error).split())) from error
+    adapted: dict[str, Any] = dict(adapters.adapted_components(pipe))
+    errors: dict[str, Any] = {}
     with usage_errors():
-        if options["format"] == "merged":
+        if all(module.peft_config["default"].peft_type == "LORA" for module in adapted.values()):
+            if rank is not None:
+                raise UsageError(f"--adapter {adapter} is a LoRA already; leave --rank out")
+            errors = _export_plain_lora(pipe, adapted, output, options["format"])
+        elif options["format"] == "merged":
             adapters.export_merged(pipe, output)
-            errors: dict[str, Any] = {}
         elif options["format"] == "peft":
             errors = {
                 name: export_component(module, output / name, rank=rank)
-                for name, module in adapters.adapted_components(pipe).items()
+                for name, module in adapted.items()
             }
         else:
             errors = adapters.export_lora(pipe, output, rank=rank, file_format=options["format"])
     _print_errors(errors)
     print(f"written: {output}")
     return 0
+
+
+def _export_plain_lora(
+    pipe: Any, adapted: Mapping[str, Any], output: Path, file_format: str
+) -> dict[str, Any]:
+    """Write a LoRA of PEFT's own, exactly; return the errors by component and layer."""
+    from spectral_adapters import diffusers as adapters
+    from spectral_adapters.peft import changes_to_lora, merge_changes, weight_changes
+
+    changes = {name: weight_changes(module) for name, module in adapted.items()}
+    if file_format == "peft":  # which it is
+        adapters.save_adapter(pipe, output)
+        return {}
+    if file_format == "merged":
+        for name, module in adapted.items():
+            merge_changes(module, changes[name])
+        pipe.save_pretrained(str(output))
+        return {}
+    exports = {
+        name: changes_to_lora(module, changes[name], rank=module.peft_config["default"].r)
+        for name, module in adapted.items()
+    }
+    adapters.save_lora(pipe, output, exports, file_format=file_format)
+    return {name: lora.errors for name, lora in exports.items()}
 
 
 def _print_errors(errors: Mapping[str, Mapping[str, float]]) -> None:

@@ -136,11 +136,7 @@ class FoldedBasis:
         was made in inference mode and cannot be used for training."""
         sources = (*basis, base_weight)
         marks = _marks(sources)
-        if (
-            marks != self._marks
-            or not all(map(is_, sources, self._sources))
-            or self._were_freed()
-        ):
+        if marks != self._marks or not all(map(is_, sources, self._sources)) or self._were_freed():
             self._forget_others(sources, marks)
         if (self.rotated is None and self.weight is None) or torch.is_inference_mode_enabled():
             return
@@ -998,12 +994,10 @@ def low_rank_spectral_linear(
         factors = (*frozen, *shifts)
         return adapted_linear(SpectralALinearFunction, x, factors, weight=weight, bias=bias)
     assert rotations is not None
-    dtype = torch.promote_types(rotations[0].dtype, rotations[1].dtype)
-    factors = (
-        *frozen,
-        *[at_least(rotation, torch.promote_types(dtype, torch.float32)) for rotation in rotations],
-    )
-    return adapted_linear(SpectralRLinearFunction, x, factors, weight=weight, bias=bias)
+    wide = torch.promote_types(rotations[0].dtype, rotations[1].dtype)
+    wide = torch.promote_types(wide, torch.float32)
+    turns = [rotation.to(wide) for rotation in rotations]
+    return adapted_linear(SpectralRLinearFunction, x, (*frozen, *turns), weight=weight, bias=bias)
 
 
 def _check_shapes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ START = 3
 SEEDS = (1, 2, 3)
 #: Most seeds that a learning rate may be tried with.
 MOST_SWEEPS = 9
+
+#: Kinds of tasks that a pipeline draws.
+PICTURED = ("style", "subject")
 
 _KEYS = {"title", "seeds", "rates", "tasks", "cost", "merge"}
 _TASK_KEYS = {"kind", "options", "methods", "budgets", "seeds", "sweeps"}
@@ -78,12 +81,13 @@ def read_plan(path: str | Path) -> Plan:
         given = yaml.safe_load(place.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"plan {place} does not exist") from error
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"plan {place} cannot be read: {' '.join(str(error).split())}") from error
     where = f"plan {place}"
     _check_keys(where, given, _KEYS)
     if not given.get("tasks"):
         raise UsageError(f"{where}: tasks must name at least one task")
+    _check_table(f"{where}: tasks", given["tasks"])
     seeds = _numbers(f"{where}: seeds", given.get("seeds", SEEDS), int)
     rates = _numbers(f"{where}: rates", given.get("rates", RATES), float)
     if list(rates) != sorted(set(rates)) or rates[0] <= 0 or len(rates) < START:
@@ -121,17 +125,22 @@ def _task(where: str, name: str, given: Any, seeds: tuple[int, ...], folder: Pat
 
     _check_keys(where, given, _TASK_KEYS)
     kind = given.get("kind", name)
-    if kind not in TASKS:
+    if kind not in tuple(TASKS):
         raise UsageError(f"{where}: kind must be one of {', '.join(TASKS)}; got {kind!r}")
+    _check_table(f"{where}: options", given.get("options") or {})
     options = dict(given.get("options") or {})
-    text = json.dumps([kind, options], sort_keys=True)
+    if kind in PICTURED and not isinstance(options.get("base"), str):
+        raise UsageError(f"{where}: options must have base, the folder of a pipeline")
+    text = json.dumps([kind, options], sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    if "base" in options:
+    if isinstance(options.get("base"), str):
         options["base"] = str((folder / options["base"]).resolve())
     common = _numbers(f"{where}: budgets", given.get("budgets", [20_000]), int)
     wanted = given.get("methods") or [BASE, *METHODS]
+    if isinstance(wanted, str) or not isinstance(wanted, (Mapping, Sequence)):
+        raise UsageError(f"{where}: methods must be a list or a table; got {wanted!r}")
     if not isinstance(wanted, Mapping):
-        wanted = dict.fromkeys(wanted)
+        wanted = dict.fromkeys(map(str, wanted))
     methods: dict[str, tuple[int, ...]] = {}
     for method, budgets in wanted.items():
         if method not in (BASE, FULL, *METHODS):
@@ -151,9 +160,13 @@ def _task(where: str, name: str, given: Any, seeds: tuple[int, ...], folder: Pat
     return PlannedTask(name, kind, options, methods, own_seeds, sweeps[0], digest)
 
 
-def _check_keys(where: str, given: Any, allowed: set[str]) -> None:
+def _check_table(where: str, given: Any) -> None:
     if not isinstance(given, Mapping):
         raise UsageError(f"{where} must be a table; got {type(given).__name__}")
+
+
+def _check_keys(where: str, given: Any, allowed: set[str]) -> None:
+    _check_table(where, given)
     unknown = sorted(str(key) for key in given if key not in allowed)
     if unknown:
         raise UsageError(

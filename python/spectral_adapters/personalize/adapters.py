@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,17 @@ def make_config(settings: Settings, unet: nn.Module) -> PeftConfig:
         if getattr(settings, name) is not None
     }
     options.pop("spectrum_learning_rate", None)
+    if "factors" in options:
+        options["factors"] = factor_sizes(options["factors"])
+        rotated = rotated_dimensions(targets, unet, settings.rotation)
+        for dimension in options["factors"]:
+            if dimension not in rotated:
+                # No error: one list of factors may serve several models.
+                print(
+                    f"--factors {dimension}=... changes nothing: the adapted layers rotate "
+                    f"{', '.join(map(str, rotated))} dimensions",
+                    file=sys.stderr,
+                )
     if settings.method == "spectral-r":
         options.setdefault("rank", min(R_COLUMNS, smallest_rank(targets, unet)))
     try:
@@ -77,8 +89,6 @@ def _soda(targets: list[str], options: dict[str, Any]) -> PeftConfig:
 
     if options.get("rotation") == "none":
         options["rotation"] = None
-    if "factors" in options:
-        options["factors"] = factor_sizes(options["factors"])
     return SODAConfig(target_modules=targets, **options)
 
 
@@ -146,12 +156,22 @@ def target_modules(names: tuple[str, ...], unet: nn.Module) -> list[str]:
 
 def smallest_rank(targets: list[str], unet: nn.Module) -> int:
     """The fewest singular values that a weight has of those whose names end in ``targets``."""
-    return min(
-        min(module.weight.flatten(1).shape)
+    return min(min(shape) for shape in _matrix_shapes(targets, unet))
+
+
+def rotated_dimensions(targets: list[str], unet: nn.Module, side: str | None) -> list[int]:
+    """What SODA rotates in the weights whose names end in ``targets``: their ranks, or inputs."""
+    shapes = _matrix_shapes(targets, unet)
+    return sorted({shape[1] if side == "right" else min(shape) for shape in shapes})
+
+
+def _matrix_shapes(targets: list[str], unet: nn.Module) -> list[tuple[int, int]]:
+    return [
+        (module.weight.shape[0], module.weight[0].numel())
         for path, module in unet.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
         and any(path == ending or path.endswith(f".{ending}") for ending in targets)
-    )
+    ]
 
 
 def factor_sizes(tokens: tuple[str, ...]) -> dict[int, tuple[int, ...]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from spectral_adapters.personalize.settings import UsageError
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 METADATA = "metadata.jsonl"
+#: Files that are beside images and are no images.
+CAPTION_SUFFIXES = (".csv", ".jsonl", ".txt")
 
 
 @dataclass(frozen=True)
@@ -25,51 +30,45 @@ class Pictures:
         names: a short label of each image.
         captions: what a text-to-image model is asked for.
         images: float32 ``[N, 3, H, W]`` in ``[0, 1]``.
+        digest: of a folder's files and captions; tells whether they changed.
     """
 
     names: tuple[str, ...]
     captions: tuple[str, ...]
     images: Tensor
+    digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
 
 def load_folder(
-    folder: str | Path, size: tuple[int, int], *, caption: str | None = None
+    folder: str | Path,
+    size: tuple[int, int],
+    *,
+    caption: str | None = None,
+    otherwise: str | None = None,
 ) -> Pictures:
     """Read a folder of captioned images.
 
     Captions come from ``caption``, else from ``metadata.jsonl`` (one JSON object per line with
     ``file_name`` and ``text``, the convention of Hugging Face's image folders; it then also says
     which images count), else from a text file beside each image, ``dog.txt`` for ``dog.png``.
+    Files that are left out are told of on standard error.
 
     Args:
         folder: where the images are.
         size: height and width; images are scaled to cover it and cropped at the centre.
         caption: one caption for all images.
+        otherwise: caption of the images that have none of their own.
 
     Raises:
         UsageError: naming the folder, or the file and line.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UsageError(f"image folder {root} does not exist")
-    if caption is None and (root / METADATA).is_file():
-        captions = _read_metadata(root)
-    else:
-        paths = sorted(
-            path
-            for path in root.iterdir()
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        )
-        captions = {path: caption if caption is not None else _read_sidecar(path) for path in paths}
-    if not captions:
-        raise UsageError(
-            f"image folder {root} holds no images ({', '.join(s[1:] for s in IMAGE_SUFFIXES)})"
-        )
+    captions = _captions(Path(folder), caption, otherwise)
     images = torch.stack([_read_image(path, size) for path in captions])
-    return Pictures(tuple(path.stem for path in captions), tuple(captions.values()), images)
+    names = tuple(path.stem for path in captions)
+    return Pictures(names, tuple(captions.values()), images, _digest(captions))
 
 
 def openmoji(
@@ -111,10 +110,46 @@ def emoji_pictures(items: Iterable[emoji.Emoji], size: tuple[int, int], style: s
     return Pictures(names, tuple(emoji.caption(name, style) for name in names), images)
 
 
+def _captions(root: Path, caption: str | None, otherwise: str | None) -> dict[Path, str]:
+    """The captions of a folder's images by file, as :func:`load_folder` finds them."""
+    if not root.is_dir():
+        state = "is a file" if root.exists() else "does not exist"
+        raise UsageError(f"image folder {root} {state}")
+    files = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if caption is None and (root / METADATA).is_file():
+        captions = _read_metadata(root)
+    elif caption is None:
+        captions = {path: _read_sidecar(path, otherwise) for path in images}
+    else:
+        captions = dict.fromkeys(images, caption)
+    ignored = Counter(
+        f"not in {METADATA}" if path in images else path.suffix.lower() or path.name
+        for path in files
+        if path.is_file() and path.suffix not in CAPTION_SUFFIXES and path not in captions
+    )
+    listed = ", ".join(f"{count} {what}" for what, count in sorted(ignored.items()))
+    told = f"; files ignored: {listed}" if ignored else ""
+    if not captions:
+        kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        raise UsageError(f"image folder {root} holds no images ({kinds}){told}")
+    if told:
+        print(f"{root}: {len(captions)} images{told}", file=sys.stderr)
+    return captions
+
+
+def _digest(captions: Mapping[Path, str]) -> str:
+    digest = hashlib.sha256()
+    for path, caption in captions.items():
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(json.dumps([path.name, caption, content]).encode())
+    return digest.hexdigest()
+
+
 def _read_metadata(root: Path) -> dict[Path, str]:
     """Map image paths to captions, in the order of the file."""
     captions: dict[Path, str] = {}
-    text = (root / METADATA).read_text(encoding="utf-8")
+    text = _read_text(root / METADATA)
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -131,9 +166,19 @@ def _read_metadata(root: Path) -> dict[Path, str]:
     return captions
 
 
-def _read_sidecar(image: Path) -> str:
+def _read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without the mark that some editors put first."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} must be UTF-8; {error}") from error
+
+
+def _read_sidecar(image: Path, otherwise: str | None) -> str:
     path = image.with_suffix(".txt")
-    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    text = _read_text(path).strip() if path.is_file() else ""
+    if not text and otherwise is not None:
+        return otherwise
     if not text:
         raise UsageError(
             f"no caption for {image}: add it to {image.parent / METADATA} or write it into "
@@ -149,7 +194,12 @@ def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
 
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):
+                # 16 bits of grey, which Pillow would cut at 255 instead of scaling.
+                grey = np.asarray(picture).astype(np.int64) >> 8
+                picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+            picture = picture.convert("RGBA")
     except FileNotFoundError as error:
         raise UsageError(f"image {path} does not exist") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:

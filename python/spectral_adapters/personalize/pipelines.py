@@ -34,9 +34,15 @@ def open_base(base: str, *, torch_dtype: torch.dtype | None = None) -> Any:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise UsageError(f"--base {base} is not a pipeline folder: it has no model_index.json")
+    elif folder.exists():
+        raise UsageError(
+            f"--base {base} is a file; a pipeline is a folder: "
+            f'StableDiffusionPipeline.from_single_file("{base}").save_pretrained(FOLDER) makes one'
+        )
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise UsageError(f"--base {base} does not exist")
-    with usage_errors(f"--base {base} cannot be loaded: "):
+    elsewhere = "" if folder.is_dir() else " is no folder here, and as a hub id it"
+    with usage_errors(f"--base {base}{elsewhere} cannot be loaded: "):
         return load_pipeline(base, torch_dtype=torch_dtype)
 
 

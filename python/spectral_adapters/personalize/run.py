@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +24,14 @@ from spectral_adapters.personalize import (
     report,
     similarity,
 )
-from spectral_adapters.personalize.settings import RECORD, Settings, UsageError, usage_errors
+from spectral_adapters.personalize.settings import (
+    RECORD,
+    Settings,
+    UsageError,
+    flag,
+    read_record,
+    usage_errors,
+)
 from spectral_adapters.personalize.trainer import (
     CHECKPOINTS,
     SUPPORTED,
@@ -31,6 +40,7 @@ from spectral_adapters.personalize.trainer import (
     check_pipeline,
     encode,
     make_accelerator,
+    rate_factor,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +48,8 @@ if TYPE_CHECKING:
 
 SHEET = "sheet.png"
 SAMPLES = "samples"
+#: What a run writes, the record last.
+WRITTEN = (CHECKPOINTS, SAMPLES, "unet", SHEET, "report.json", "report.md", RECORD)
 
 #: steps, guidance and batch size: for the shipped base model, and as diffusers has them.
 EMOJI_SAMPLING = (20, 3.0, 50)
@@ -88,8 +100,8 @@ def personalize(settings: Settings) -> int:
     ``report.md``.
 
     Returns:
-        0; 1 if something became infinite or NaN, or the result could not be written; 130 or 143 if
-        SIGINT or SIGTERM ended training.
+        0; 1 if something became infinite or NaN, or the result could not be reported or written;
+        130 or 143 if SIGINT or SIGTERM ended training.
 
     Raises:
         UsageError: with a message of one line, for anything that the user can put right.
@@ -104,22 +116,33 @@ def personalize(settings: Settings) -> int:
         pipe = load_pipeline(settings)
         pipe.to(accelerator.device)
     size = image_size(pipe, settings.resolution)
+    sampling = sampling_of(settings, size)
+    levels = pipe.scheduler.config.num_train_timesteps
+    if sampling.steps > levels:
+        raise UsageError(
+            f"--sample-steps must be at most {levels}, the steps of the pipeline's scheduler; "
+            f"got {sampling.steps}"
+        )
+    checkpoint = find_checkpoint(output) if settings.resume else None
     with usage_errors():
         training = training_pictures(settings, size)
+        if settings.resume:
+            _check_unchanged(settings, output, training)
         held_out = held_out_pictures(settings, training, size)
         if held_out.has_truth:
             similarity.load_network()
 
+    # Before anything is drawn: options that do not fit the weights are found here.
+    with watch.stage("adapter"):
+        add_adapter(pipe, settings, checkpoint)
     with watch.stage("encode"):
         conditions = encode(pipe, training, flip=settings.flip)
     prior = None
     prompts = prior_prompts(settings, training)
     if prompts:
-        with watch.stage("prior"):
-            prior = evaluation.draw_prior(pipe, prompts, sampling_of(settings, size))
+        with watch.stage("prior"), evaluation.without_adapter(pipe.unet):
+            prior = evaluation.draw_prior(pipe, prompts, sampling)
     with watch.stage("adapter"):
-        checkpoint = find_checkpoint(output) if settings.resume else None
-        add_adapter(pipe, settings, checkpoint)
         trainer = Trainer(pipe, conditions, settings, output, accelerator, prior)
     if checkpoint is not None:
         with usage_errors("cannot resume: "):
@@ -127,10 +150,15 @@ def personalize(settings: Settings) -> int:
     elif accelerator.is_main_process:
         _clear(output)
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        settings.save(output)
+        settings.save(output, images_digest=training.digest)
+        if settings.warmup_steps >= settings.steps:
+            most = rate_factor(settings.steps - 1, settings)
+            print(
+                f"--warmup-steps {settings.warmup_steps} is not over after {settings.steps} steps: "
+                f"the learning rate comes to {most:.0%} of the one asked for",
+                file=sys.stderr,
+            )
 
-    sampling = sampling_of(settings, size)
     grid_prompts = settings.sample_prompts or held_out.pictures.captions[: settings.sheet_rows]
 
     def sample(step: int) -> None:
@@ -148,8 +176,9 @@ def personalize(settings: Settings) -> int:
             except KeyboardInterrupt:
                 print(_farewell(dataclasses.replace(outcome, reason="interrupted"), output))
                 return SIGNALLED + signal.SIGINT
-            except OSError as error:
-                print(_farewell(dataclasses.replace(outcome, reason="unreported"), output), error)
+            except Exception as error:  # the adapter is saved, whatever it is
+                print(_farewell(dataclasses.replace(outcome, reason="unreported"), output))
+                print(f"  {type(error).__name__}: {error}")
                 return FAILED
         else:
             print(_farewell(outcome, output))
@@ -207,7 +236,7 @@ def held_out_pictures(
 ) -> HeldOut:
     """Return what the report compares; the training images themselves if nothing is held out."""
     if settings.eval_images is not None:
-        pictures = data.load_folder(settings.eval_images, size)
+        pictures = data.load_folder(settings.eval_images, size, otherwise=settings.caption)
         if len(pictures) < 2:
             raise UsageError(f"--eval-images {settings.eval_images} must hold at least 2 images")
         return HeldOut(pictures, True, f"{len(pictures)} held-out images", {})
@@ -284,12 +313,42 @@ def sampling_of(settings: Settings, size: tuple[int, int]) -> evaluation.Samplin
 
 
 def _check_output(settings: Settings, output: Path) -> None:
+    """Refuse to write where something else is, and make the folder."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is not a folder")
-    if (output / RECORD).is_file() and not (settings.resume or settings.overwrite):
+    for name in ("base", "images", "eval_images"):
+        other = getattr(settings, name)
+        if other is not None and Path(other).resolve() == output.resolve():
+            raise UsageError(f"--output {output} is the folder of {flag(name)}; choose another one")
+    if (output / "model_index.json").exists():
+        raise UsageError(f"--output {output} holds a pipeline; choose another folder")
+    if (output / RECORD).is_file():
+        if not (settings.resume or settings.overwrite):
+            raise UsageError(
+                f"--output {output} holds a run already: continue it with --resume, replace it "
+                "with --overwrite, or choose another folder"
+            )
+    else:
+        for name in WRITTEN:
+            if (output / name).exists():
+                raise UsageError(
+                    f"--output {output} holds {name}, which no run wrote (there is no {RECORD}); "
+                    "choose another folder"
+                )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from error
+
+
+def _check_unchanged(settings: Settings, output: Path, training: data.Pictures) -> None:
+    """Refuse to resume on other images; older records do not say which they were."""
+    if read_record(output).get("images_digest") not in (None, training.digest):
         raise UsageError(
-            f"--output {output} holds a run already: continue it with --resume, replace it with "
-            "--overwrite, or choose another folder"
+            f"--images {settings.images}: images or captions are not those that {output} was "
+            "started with; bring them back, or start again with --overwrite"
         )
 
 
@@ -297,10 +356,13 @@ def _clear(output: Path) -> None:
     """Remove what an earlier run wrote, and nothing else."""
     import shutil
 
-    for name in (CHECKPOINTS, SAMPLES, "unet"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in (RECORD, SHEET, "report.json", "report.md"):
-        (output / name).unlink(missing_ok=True)
+    if not (output / RECORD).is_file():
+        return
+    for name in WRITTEN:
+        if (output / name).is_dir():
+            shutil.rmtree(output / name, ignore_errors=True)
+        else:
+            (output / name).unlink(missing_ok=True)
 
 
 def _farewell(outcome: Outcome, output: Path) -> str:
@@ -317,7 +379,7 @@ def _farewell(outcome: Outcome, output: Path) -> str:
             f"continue from the last checkpoint with:{again}"
         )
     if outcome.reason == "unreported":
-        return f"the report could not be written; {saved}. Make room, then:{again}\n"
+        return f"the report could not be made; {saved}. Put right what is told below, then:{again}"
     return (
         f"{outcome.trouble}; {saved}. Try a lower --learning-rate, a smaller --max-grad-norm, or "
         "with --mixed-precision fp16 bf16 instead."

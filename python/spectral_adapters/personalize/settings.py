@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,13 @@ class UsageError(ValueError):
 
 @contextlib.contextmanager
 def usage_errors(prefix: str = "") -> Iterator[None]:
-    """Turn errors of files, names and missing packages into one line for the user."""
+    """Turn errors of files, names and packages into one line for the user.
+
+    Missing packages stay ``ModuleNotFoundError``: the command line says what to install.
+    """
     try:
         yield
-    except UsageError:
+    except (UsageError, ModuleNotFoundError):
         raise
     except (ValueError, OSError, ImportError) as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
@@ -107,7 +110,10 @@ class Settings:
         metavar="FOLDER",
     )
     caption: str | None = _option(
-        None, "one caption for all images of --images", group="data", metavar="TEXT"
+        None,
+        "one caption for all images of --images; also for those of --eval-images without their own",
+        group="data",
+        metavar="TEXT",
     )
     style: str | None = _option(
         None, "built-in data instead of a folder", group="data", choices=("openmoji",)
@@ -180,7 +186,10 @@ class Settings:
     batch_size: int = _option(8, "images per micro-batch and process", group="training")
     gradient_accumulation: int = _option(1, "micro-batches per step", group="training")
     learning_rate: float | None = _option(
-        None, "largest learning rate (default: the method's)", group="training"
+        None,
+        "largest learning rate (default: the method's, "
+        f"{', '.join(f'{method} {rate:g}' for method, rate in LEARNING_RATES.items())})",
+        group="training",
     )
     spectrum_learning_rate: float | None = _option(
         None, "soda: rate of the spectrum (default: --learning-rate)", group="training"
@@ -216,7 +225,7 @@ class Settings:
     )
     sample_prompts: tuple[str, ...] | None = _option(
         None,
-        "prompts of grids and sheet (default: held-out or training captions)",
+        "prompts of the grids of --sample-every (default: held-out or training captions)",
         group="output",
         metavar="TEXT",
         trajectory=False,
@@ -283,17 +292,26 @@ class Settings:
         if (self.images is None) == (self.style is None):
             raise UsageError("give the training images by one of --images FOLDER and --style NAME")
         folder_only = ("caption", "eval_images", "prior_caption")
-        style_only = ("names",)
+        style_only = ("names", "eval_split", "eval_count", "base_style")
         for name in style_only if self.style is None else folder_only:
-            if getattr(self, name) is not None:
+            if getattr(self, name) != getattr(Settings, name):
                 needed = "--style" if self.style is None else "--images"
                 raise UsageError(f"{flag(name)} needs {needed}")
+        for name in ("caption", "prior_caption"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise UsageError(f"{flag(name)} must not be empty; got {value!r}")
         for name in sorted({name for names in METHOD_OPTIONS.values() for name in names}):
             if name not in METHOD_OPTIONS[self.method] and getattr(self, name) is not None:
                 owners = " or ".join(m for m, names in METHOD_OPTIONS.items() if name in names)
                 raise UsageError(
                     f"{flag(name)} is an option of --method {owners}, not of {self.method}"
                 )
+        for name in ("factors", "parametrization"):
+            if self.rotation == "none" and getattr(self, name) is not None:
+                raise UsageError(f"{flag(name)} is of the rotation; got --rotation none")
+        if self.sample_prompts is not None and not self.sample_every:
+            raise UsageError("--sample-prompts needs --sample-every, whose grids show them")
         for name in (
             "steps",
             "batch_size",
@@ -343,15 +361,20 @@ class Settings:
         if not least <= value < float("inf"):
             raise UsageError(f"{flag(name)} must be at least {least}; got {value}")
 
-    def save(self, folder: Path) -> None:
-        """Write :data:`RECORD`."""
-        record = dataclasses.asdict(self)
+    def save(self, folder: Path, **more: Any) -> None:
+        """Write :data:`RECORD`: the options, with absolute places, and ``more``."""
+        record = {**dataclasses.asdict(self), **more}
         for name in ("resume", "overwrite", "output"):
             del record[name]
+        for name in (*PLACES, "learning_rate"):
+            record[name] = _in_force(name, record[name], record)
         from spectral_adapters._files import write_text
 
         write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
+
+#: Options that are folders; ``base`` may be a hub id.
+PLACES = ("base", "images", "eval_images")
 
 #: Options that only one method has.
 METHOD_OPTIONS = {
@@ -387,6 +410,56 @@ def value_type(option: dataclasses.Field[Any]) -> tuple[type, bool]:
     return (members[0] if members else hint), False
 
 
+def _in_force(name: str, value: Any, values: Mapping[str, Any]) -> Any:
+    """What the value of an option means, as far as the other ``values`` say; to compare by."""
+    if name in PLACES and value is not None:
+        return str(Path(value).resolve()) if Path(value).exists() else value
+    if value is not None:
+        return value
+    if name == "learning_rate":
+        return LEARNING_RATES[values["method"]]
+    if name == "spectrum_learning_rate":
+        return _in_force("learning_rate", values["learning_rate"], values)
+    if name == "prior_images":
+        return 0 if values["style"] is None else STYLE_PRIOR
+    return {"prior_weight": 1.0, "decomposition": "svd", "parametrization": "cayley"}.get(name)
+
+
+def _is_of(option: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether JSON's value is of an option's type and among its choices."""
+    kind, several = value_type(option)
+    if several != isinstance(value, list):
+        return False
+    return all(
+        isinstance(member, (int, float) if kind is float else kind)
+        and isinstance(member, bool) == (kind is bool)
+        and member in (option.metadata["choices"] or (member,))
+        for member in (value if several else [value])
+    )
+
+
+def read_record(output: Path) -> dict[str, Any]:
+    """Return what the run in ``output`` wrote into :data:`RECORD`.
+
+    Raises:
+        UsageError: there is none, or it is not what was written.
+    """
+    place = output / RECORD
+    try:
+        record = json.loads(place.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"nothing to resume: {place} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{place} is not JSON ({error}): it was changed") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{place} must hold an object; got {record!r}: it was changed")
+    for option in dataclasses.fields(Settings):
+        value = record.get(option.name, option.default)
+        if value != option.default and not _is_of(option, value):
+            raise UsageError(f"{place}: {option.name} cannot be {value!r}: it was changed")
+    return record
+
+
 def resumed(given: dict[str, Any], output: Path) -> Settings:
     """Return the settings of the run in ``output``, updated by the options given now.
 
@@ -396,23 +469,16 @@ def resumed(given: dict[str, Any], output: Path) -> Settings:
     Raises:
         UsageError: nothing to resume, or an option that differs.
     """
-    try:
-        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"nothing to resume: {output / RECORD} does not exist") from error
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{output / RECORD} is not JSON ({error}): it was changed") from error
+    record = read_record(output)
     options = {option.name: option for option in dataclasses.fields(Settings)}
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in record.items()
-        if name in options
-    }
+    values = {name: record.get(name, option.default) for name, option in options.items()}
+    values = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
     for name, value in given.items():
-        if options[name].metadata["trajectory"] and value != values[name]:
+        before = _in_force(name, values[name], values)
+        if options[name].metadata["trajectory"] and _in_force(name, value, values) != before:
             if name != "steps":
                 raise UsageError(
-                    f"{flag(name)} must stay {values[name]!r} to resume {output}; got {value!r}"
+                    f"{flag(name)} must stay {before!r} to resume {output}; got {value!r}"
                 )
             if values["schedule"] != "constant" or value < values["steps"]:
                 raise UsageError(

@@ -384,8 +384,8 @@ class Trainer:
                         self.denoiser.eval()
                         try:
                             sample(progress.step)
-                        except OSError as error:
-                            self._say(f"step {progress.step}: no samples could be saved: {error}")
+                        except Exception as error:  # whatever it is, training is worth more
+                            self._say(f"step {progress.step}: no samples could be made: {error}")
                         self.denoiser.train()
                 self._check_trained()
             except Diverged as error:

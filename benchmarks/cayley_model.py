@@ -186,7 +186,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
-        ctx.pool.add(0, ctx.grads)
+        ctx.pool.add(0, ctx.grads, ctx.grads[0])
         return None, None, None
 
 

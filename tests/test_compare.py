@@ -655,6 +655,7 @@ def test_records_of_several_processes_and_a_torn_line(tmp_path):
         ({"methods": ["unheard"]}, "methods must be among"),
         ({"budgets": ["many"]}, "budgets must hold numbers"),
         ({"budgets": []}, "must not be empty"),
+        ({"budgets": [-5]}, "budgets must hold no negative numbers; got -5"),
         ({"colour": 1}, "colour: unknown"),
         ({"sweeps": 0}, "sweeps must be 1 to 9; got 0"),
         ({"sweeps": [1, 2]}, "sweeps must be 1 to 9"),

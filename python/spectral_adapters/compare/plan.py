@@ -185,6 +185,8 @@ def _numbers(where: str, given: Any, kind: type) -> tuple[Any, ...]:
             number = None
         if number is None or isinstance(value, bool) or (kind is int and number != value):
             raise UsageError(f"{where} must hold numbers ({kind.__name__}); got {value!r}")
+        if number < 0:
+            raise UsageError(f"{where} must hold no negative numbers; got {value!r}")
         found.append(number)
     if not found:
         raise UsageError(f"{where} must not be empty")

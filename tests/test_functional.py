@@ -62,11 +62,11 @@ def test_forward_mode_is_refused_where_there_is_no_formula(plan):
     ]:
         with torch.no_grad():
             function(point)
-        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+        with pytest.raises(NotImplementedError, match="implement the jvp function"):
             torch.func.jvp(function, (point,), (torch.ones_like(point),))
         with (
             torch.autograd.forward_ad.dual_level(),
-            pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"),
+            pytest.raises(NotImplementedError, match="implement the jvp function"),
         ):
             function(torch.autograd.forward_ad.make_dual(point, torch.ones_like(point)))
 

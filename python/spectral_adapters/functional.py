@@ -147,7 +147,7 @@ class FoldedBasis:
 
     def _were_freed(self) -> bool:
         """Whether the memory of a source is gone, and may be another's by now."""
-        return any([storage.expired() for storage in self._storages])  # noqa: C419 (at every call)
+        return any(storage.expired() for storage in self._storages)
 
     def _forget_others(self, sources: tuple[Tensor | None, ...], marks: list[int | None]) -> None:
         """Forget what was made from other tensors than these or views of the same numbers."""
